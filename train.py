@@ -1,0 +1,430 @@
+"""
+Train a GPT, Mixture-of-Depths or dense:
+
+    python train.py config/shakespeare_mod.py
+    python train.py config/shakespeare_mod.py --capacity=0.25 --out_dir=out-quarter
+
+Read from top to bottom: the options, the recipe (`train`), what it is made of (data, learning rate, optimizer,
+evaluation). A notebook calls the same function: `train(TrainConfig(...))`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import platform
+import runpy
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+from configurator import UserError, load, option, pick_device
+from mod import GPT, GPTConfig, forward_flops
+
+DATA = Path(__file__).resolve().parent / "data"
+
+
+@dataclass
+class TrainConfig:
+    # what goes where
+    out_dir: str = option("out", "folder for checkpoints, metrics.jsonl and config.json")
+    dataset: str = option("shakespeare_char", "a folder below data/, or the path of any folder that prepare.py wrote")
+    eval_interval: int = option(250, "steps between two evaluations")
+    eval_iters: int = option(200, "batches per evaluation at most; a small validation split is read once, whole")
+    eval_only: bool = option(False, "evaluate the best checkpoint in out_dir and leave")
+    log_interval: int = option(10, "steps between two updates of the progress line")
+    # the model, see GPTConfig in mod.py
+    block_size: int = option(256, "context: tokens that the model sees at once")
+    vocab_size: int = option(0, "vocabulary; 0: that of the data set")
+    n_layer: int = option(6, "blocks")
+    n_head: int = option(6, "attention heads")
+    n_embd: int = option(384, "width")
+    dropout: float = option(0.0, "probability of dropping an activation in training")
+    bias: bool = option(False, "biases in linear layers and LayerNorms; GPT-2 has them")
+    capacity: float = option(0.125, "share of the tokens that a routed block processes, in (0, 1]")
+    route_every: int = option(2, "2: every other block is routed; 1: every block; 0: none, a plain dense GPT")
+    selection: str = option("learned", "what top-k ranks", choices=("learned", "stochastic", "position"))
+    causal_method: str = option("predictor", "who replaces top-k in sampling", choices=("predictor", "router"))
+    predictor_hidden: int = option(32, "hidden units of the predictor")
+    # how long
+    max_iters: int = option(0, "training steps; 0: as many as flop_budget pays for")
+    flop_budget: float = option(0.0, "training FLOPs, 3 x the top-k forward pass; with max_iters too, the smaller wins")
+    batch_size: int = option(64, "sequences per micro-step")
+    gradient_accumulation_steps: int = option(1, "micro-steps per training step")
+    # AdamW, with a learning rate that warms up linearly, then follows a cosine over exactly the run
+    learning_rate: float = option(1e-3, "peak learning rate")
+    min_lr: float = option(1e-4, "learning rate at the end of the run")
+    decay_lr: bool = option(True, "False: stay at learning_rate after the warm-up")
+    warmup_iters: int = option(100, "steps of warm-up")
+    weight_decay: float = option(0.1, "on matrices and embeddings; biases and LayerNorms have none")
+    beta1: float = option(0.9, "AdamW's decay rate of the mean gradient")
+    beta2: float = option(0.99, "AdamW's decay rate of the mean squared gradient")
+    grad_clip: float = option(1.0, "clip the norm of the gradient at this; 0: do not")
+    aux_weight: float = option(1.0, "weight of the auxiliary loss, which trains the causal decisions")
+    seed: int = option(1337, "of weights, batches and dropout")
+    # the machine
+    device: str = option("auto", "auto (the best there is), cpu, cuda, cuda:1, mps, ...")
+    dtype: str = option("auto", "auto: bfloat16 where the GPU has it", choices=("auto", "float32", "bfloat16"))
+    compile: str = option("auto", "torch.compile; auto: on CUDA under Linux", choices=("auto", "True", "False"))
+
+
+def main(argv=None):
+    try:
+        config = load(TrainConfig, argv, __doc__.split(":")[0], preset=True)
+        train(config)
+    except UserError as error:
+        sys.exit(f"train.py: {error}")
+
+
+def train(config):
+    """
+    Train as `config` (a TrainConfig) says; write checkpoints, metrics.jsonl and config.json to its out_dir.
+
+    Returns the rows of metrics.jsonl: one dict per evaluation, losses in nats per token. Raises UserError for options
+    or data that cannot work, before any time is spent.
+    """
+    # What the run is: options, data, model. All that can be wrong with them shows here.
+    config = resolve(config)
+    meta, data = load_dataset(config)
+    if config.eval_only:
+        return evaluate_checkpoint(config, meta, data)
+    torch.manual_seed(config.seed)
+    model = GPT(model_config(config, meta)).to(config.device)
+    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    # The convention of the field: a backward pass costs twice its forward pass. Evaluation is not counted.
+    step_flops = 3 * forward_flops(model.config, config.block_size) * tokens_per_step // config.block_size
+    config = dataclasses.replace(config, max_iters=number_of_steps(config, step_flops))
+    optimizer = configure_optimizer(model, config)
+    predictor = [p for name, p in model.named_parameters() if "predictor" in name]
+    trunk = [p for name, p in model.named_parameters() if "predictor" not in name]
+
+    # Where it goes. A run that stands there already is moved aside, never overwritten.
+    out_dir = keep_earlier_run(Path(config.out_dir))
+    facts = {"parameters": model.num_parameters(), "flops_per_step": step_flops, "versions": versions(config)}
+    checkpoint.write_json(out_dir / "config.json", {"config": asdict(config), **facts, "data": meta})
+    print(f"{meta['source']}: {len(data['train']):,} train and {len(data['val']):,} val tokens, {meta['vocab_size']} kinds")
+    print(describe(model, config))
+    print(
+        f"{config.max_iters:,} steps of {tokens_per_step:,} tokens, {config.max_iters * step_flops:.3g} training FLOPs "
+        "(3 x the top-k forward pass, evaluation not counted)"
+    )
+
+    # The loop. Seeds come from the step, so evaluation and logging can never change the training.
+    if config.compile == "True":
+        model.compile()
+    rows, best = [], math.inf
+    loss_sum, aux_sum, logged_at, clock, train_seconds = 0.0, 0.0, 0, time.perf_counter(), 0.0
+    bar = tqdm(total=config.max_iters, disable=None, unit="step", dynamic_ncols=True)
+    for step in range(config.max_iters + 1):
+        if step % config.eval_interval == 0 or step == config.max_iters:
+            train_seconds += time.perf_counter() - clock
+            row = {"step": step, "tokens": step * tokens_per_step, "flops": step * step_flops}
+            row |= {"train_seconds": round(train_seconds, 3), **mean_since(rows, step, loss_sum, aux_sum)}
+            row |= evaluate(model, data["val"], config)
+            loss_sum, aux_sum = 0.0, 0.0
+            rows.append(row)
+            tqdm.write(report(row, config.max_iters))
+            with open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            state = {"step": step, "val_loss_causal": row["val_loss_causal"], "data": meta, "config": asdict(config)}
+            checkpoint.save(out_dir, "last", model, **state)
+            if row["val_loss_causal"] < best:
+                best = row["val_loss_causal"]
+                checkpoint.save(out_dir, "best", model, **state)
+            clock = time.perf_counter()
+        if step == config.max_iters:
+            break
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, config)
+        for micro_step, (x, y) in enumerate(training_batches(data["train"], step, config)):
+            torch.manual_seed(seed_of(config.seed, step, micro_step))  # dropout
+            with autocast(config):
+                _, loss = model(x, y, routing="topk")
+            total = loss + config.aux_weight * model.aux_loss
+            (total / config.gradient_accumulation_steps).backward()
+            loss_sum = loss_sum + loss.detach() / config.gradient_accumulation_steps
+            aux_sum = aux_sum + model.aux_loss.detach() / config.gradient_accumulation_steps
+        if config.grad_clip > 0:
+            # Apart: under one common norm the predictor's gradient would scale the trunk's, stop-gradient or not.
+            for parameters in (trunk, predictor):
+                torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        if (step + 1) % config.log_interval == 0:
+            elapsed = train_seconds + time.perf_counter() - clock
+            bar.set_postfix_str(f"loss {loss.item():.3f}, {(step + 1) * tokens_per_step / elapsed:,.0f} tokens/s", False)
+            bar.update(step + 1 - logged_at)
+            logged_at = step + 1
+    bar.close()
+
+    best_row = min(rows, key=lambda row: row["val_loss_causal"])
+    print(f"final {report(rows[-1], config.max_iters)}")
+    print(f"best  {report(best_row, config.max_iters)}")
+    print(f"{train_seconds / 60:.1f} minutes of training. Next: python sample.py --out_dir={config.out_dir}")
+    return rows
+
+
+# Options
+
+
+def resolve(config):
+    """`config` with "auto" replaced by what it means on this machine, its numbers checked."""
+    at_least = {1: ("eval_interval", "eval_iters", "log_interval", "batch_size", "gradient_accumulation_steps")}
+    at_least[0] = ("vocab_size", "max_iters", "flop_budget", "warmup_iters", "learning_rate", "min_lr", "weight_decay")
+    at_least[0] += ("grad_clip", "aux_weight", "seed")
+    for least, names in at_least.items():
+        for name in names:
+            if not least <= getattr(config, name) < math.inf:
+                raise UserError(f"{name} must be at least {least}, got {getattr(config, name)}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+    device = pick_device(config.device)
+    on_cuda = device.startswith("cuda")
+    dtype, compiled = config.dtype, config.compile
+    if dtype == "auto":
+        dtype = "bfloat16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if compiled == "auto":
+        # Elsewhere it needs a C++ compiler, or gains little, or does not work.
+        compiled = str(on_cuda and sys.platform == "linux")
+    return dataclasses.replace(config, device=device, dtype=dtype, compile=compiled)
+
+
+def model_config(config, meta):
+    """The GPTConfig among the options; its vocabulary is the data's unless a larger one is asked for."""
+    names = {field.name for field in dataclasses.fields(GPTConfig)}
+    values = {name: value for name, value in asdict(config).items() if name in names}
+    values["vocab_size"] = config.vocab_size or meta["vocab_size"]
+    try:
+        return GPTConfig(**values)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def number_of_steps(config, step_flops):
+    limits = [config.max_iters] if config.max_iters else []
+    if config.flop_budget:
+        limits.append(int(config.flop_budget // step_flops))
+    if not limits:
+        raise UserError(
+            "give the length of the run by --max_iters or --flop_budget, "
+            "or start from a preset: python train.py config/shakespeare_mod.py"
+        )
+    if min(limits) < 1:
+        raise UserError(f"flop_budget {config.flop_budget:g} is less than one step, which costs {step_flops:g} FLOPs")
+    return min(limits)
+
+
+# Data
+
+
+def load_dataset(config):
+    """The data set's meta.json and its splits as arrays of token ids, prepared first where they are missing."""
+    folder = DATA / config.dataset  # an absolute path stays as it is
+    if not folder.is_dir() and Path(config.dataset).is_dir():
+        folder = Path(config.dataset)
+    if not (folder / "meta.json").is_file():
+        if not (folder / "prepare.py").is_file():
+            known = ", ".join(sorted(path.parent.name for path in DATA.glob("*/prepare.py")))
+            raise UserError(
+                f"no data set {config.dataset!r}: data/ knows {known}; for a text of your own "
+                f"python data/shakespeare_char/prepare.py --input FILE --out {config.dataset}"
+            )
+        print(f"Data set {config.dataset} is missing here: running {folder / 'prepare.py'}")
+        try:
+            runpy.run_path(str(folder / "prepare.py"))["main"]([])
+        except SystemExit as error:
+            raise UserError(str(error)) from None
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    data = {split: np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r") for split in ("train", "val")}
+    vocab_size = config.vocab_size or meta["vocab_size"]
+    for split, tokens in data.items():
+        if len(tokens) <= config.block_size:
+            raise UserError(
+                f"the {split} split of {config.dataset} has {len(tokens)} tokens, block_size {config.block_size} needs "
+                f"at least {config.block_size + 1}; use a longer text or a smaller --block_size"
+            )
+        if tokens.max() >= vocab_size:
+            raise UserError(f"{folder / split}.bin holds the token {tokens.max()}, beyond vocab_size {vocab_size}")
+    return meta, data
+
+
+def training_batches(tokens, step, config):
+    """The micro-batches (x, y) of a training step, each (batch_size, block_size); y is x one token later."""
+    rng = np.random.default_rng([config.seed, step])
+    rows = config.gradient_accumulation_steps * config.batch_size
+    starts = rng.integers(len(tokens) - config.block_size, size=rows)
+    for micro_starts in starts.reshape(config.gradient_accumulation_steps, config.batch_size):
+        yield windows(tokens, micro_starts, config.block_size, config.device)
+
+
+def windows(tokens, starts, T, device):
+    """Inputs and targets (len(starts), T) cut from `tokens` at `starts`."""
+    both = torch.from_numpy(np.stack([tokens[start : start + T + 1] for start in starts]).astype(np.int64))
+    if device.startswith("cuda"):
+        both = both.pin_memory()
+    both = both.to(device, non_blocking=True)
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+def seed_of(*numbers):
+    """One well-mixed seed from several small numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+# Optimization
+
+
+def configure_optimizer(model, config):
+    """AdamW; matrices and embeddings decay, vectors do not."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def learning_rate_at(step, config):
+    """Linear warm-up, then half a cosine that ends at min_lr with the run's last step."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr:
+        return config.learning_rate
+    progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+    return config.min_lr + (config.learning_rate - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def autocast(config):
+    if config.dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(config.device).type, dtype=getattr(torch, config.dtype))
+
+
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model, tokens, config):
+    """
+    Losses in nats per token over fixed windows of `tokens`, evenly spaced and never overlapping.
+
+    val_loss_causal is that of a model that can be sampled from: the one to compare with a dense model's.
+    val_loss_topk lets the routed blocks look at the whole window. The predictor is judged within the top-k pass: how
+    often it agrees with top-k, beside the accuracy of the better constant guess (base rate) and its recall.
+    taken: the share of tokens that each routed block processed in the causal pass.
+    """
+    T = model.config.block_size
+    training = model.training
+    model.eval()
+    torch.manual_seed(0)  # the stochastic control draws its noise from here
+    n_windows = min(config.eval_iters * config.batch_size, (len(tokens) - 1) // T)
+    starts = np.linspace(0, len(tokens) - 1 - T, n_windows).astype(int)
+    routed = model.routed_blocks
+    topk_sum, causal_sum, taken_sum = 0.0, 0.0, torch.zeros(len(routed))
+    agree, hit, member, decisions = 0, 0, 0, 0
+    for i in range(0, n_windows, config.batch_size):
+        x, y = windows(tokens, starts[i : i + config.batch_size], T, config.device)
+        with autocast(config):
+            # .forward runs eagerly, also where the model is compiled: the size of a causal batch depends on the data.
+            _, loss = model.forward(x, y, routing="topk")
+            topk_sum += loss.item() * len(x)
+            if not routed:
+                continue
+            for block in routed:
+                taken, foretold = block.taken, block.logits > 0
+                agree += (foretold == taken).sum().item()
+                hit += (foretold & taken).sum().item()
+                member += taken.sum().item()
+                decisions += taken.numel()
+            _, loss = model.forward(x, y, routing="causal")
+            causal_sum += loss.item() * len(x)
+            taken_sum += torch.stack([block.taken.sum() / T for block in routed]).cpu()
+    model.train(training)
+    result = {"val_loss_causal": topk_sum / n_windows, "val_loss_topk": topk_sum / n_windows}  # a dense model's are one
+    if routed:
+        share = member / decisions
+        result |= {
+            "val_loss_causal": causal_sum / n_windows,
+            "predictor_accuracy": agree / decisions,
+            "predictor_base_rate": max(share, 1 - share),
+            "predictor_recall": hit / member,
+            "taken": [round(share, 5) for share in (taken_sum / n_windows).tolist()],
+        }
+    return result
+
+
+def evaluate_checkpoint(config, meta, data):
+    model, info = checkpoint.load(Path(config.out_dir), "best", config.device)
+    if info["data"]["vocab"] != meta["vocab"]:
+        raise UserError(f"the checkpoint in {config.out_dir} was trained with another vocabulary than {config.dataset}'s")
+    row = {"step": info["step"], **evaluate(model, data["val"], config)}
+    print(report(row, info["config"]["max_iters"]))
+    return [row]
+
+
+# Reports
+
+
+def mean_since(rows, step, loss_sum, aux_sum):
+    """The mean training losses since the last evaluation."""
+    steps = step - rows[-1]["step"] if rows else 0
+    return {"train_loss": float(loss_sum) / steps, "aux_loss": float(aux_sum) / steps} if steps else {}
+
+
+def report(row, max_iters):
+    line = f"step {row['step']:>{len(f'{max_iters:,}')},}/{max_iters:,}  val loss {row['val_loss_causal']:.4f}"
+    if "taken" not in row:
+        return line
+    taken = " ".join(f"{share:.1%}" for share in row["taken"])
+    return (
+        f"{line} causal, {row['val_loss_topk']:.4f} top-k  predictor {row['predictor_accuracy']:.1%} right "
+        f"(base rate {row['predictor_base_rate']:.1%}, recall {row['predictor_recall']:.1%})  taken {taken}"
+    )
+
+
+def describe(model, config):
+    c, routed = model.config, len(model.routed_blocks)
+    kind = f"MoD ({routed} of {c.n_layer} blocks routed at {c.capacity:.1%} capacity)" if routed else "Dense"
+    dense_flops = forward_flops(dataclasses.replace(c, route_every=0), c.block_size)
+    saving = f", {forward_flops(c, c.block_size) / dense_flops:.2f} of the dense FLOPs" if routed else ""
+    return (
+        f"{kind}: {c.n_layer} layers x {c.n_embd} wide, context {c.block_size}, {model.num_parameters():,} parameters"
+        f"{saving}; on {config.device}, {config.dtype}{', compiled' if config.compile == 'True' else ''}"
+    )
+
+
+def versions(config):
+    name = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def keep_earlier_run(out_dir):
+    """Make `out_dir`; what an earlier run left there moves to out_dir.1, .2, ..."""
+    if (out_dir / "config.json").exists():
+        number = 1
+        while (aside := out_dir.with_name(f"{out_dir.name}.{number}")).exists():
+            number += 1
+        out_dir.rename(aside)
+        print(f"{out_dir} holds an earlier run: moved to {aside}")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    return out_dir
+
+
+if __name__ == "__main__":
+    main()
