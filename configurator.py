@@ -114,13 +114,13 @@ def _convert(field, value, where):
 def _unknown_argument(argument, fields):
     if not argument.startswith("--"):
         return f"unexpected argument {argument!r}; options are written --name=value"
-    name = argument[2:].split("=")[0]
-    return f"unknown option --{name}{_nearest(name, fields, 'did you mean --')}; --help lists them all"
+    name = argument.split("=")[0]
+    return f"unknown option {name}{_nearest(name, [f'--{field}' for field in fields]) or '; --help lists them all'}"
 
 
 def _nearest(name, known, phrase="did you mean"):
     found = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; {phrase}{'' if phrase.endswith('-') else ' '}{found[0]}?" if found else ""
+    return f"; {phrase} {found[0]}?" if found else ""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -145,8 +145,8 @@ class RoutedBlock(Block):
 
     def forward(self, x, routing="topk"):
         # Routing runs in float32 also under autocast: bfloat16 keeps 3 digits, and the picks among near-equal weights
-        # would be arbitrary.
-        with torch.autocast(x.device.type, enabled=False):
+        # would be arbitrary. (The meta device, on which FLOPs can be counted, has no autocast of its own.)
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             r = self.router(x).squeeze(-1)  # (B, T)
             self.logits = self.causal_logits(x, r)  # (B, T)
         if routing == "topk":

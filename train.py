@@ -101,8 +101,8 @@ def train(config):
     step_flops = 3 * forward_flops(model.config, config.block_size) * tokens_per_step // config.block_size
     config = dataclasses.replace(config, max_iters=number_of_steps(config, step_flops))
     optimizer = configure_optimizer(model, config)
-    predictor = [p for name, p in model.named_parameters() if "predictor" in name]
-    trunk = [p for name, p in model.named_parameters() if "predictor" not in name]
+    predictor = [p for name, p in model.named_parameters() if ".predictor." in name]
+    trunk = [p for name, p in model.named_parameters() if ".predictor." not in name]
 
     # Where it goes. A run that stands there already is moved aside, never overwritten.
     out_dir = keep_earlier_run(Path(config.out_dir))
@@ -163,6 +163,7 @@ def train(config):
             bar.set_postfix_str(f"loss {loss.item():.3f}, {(step + 1) * tokens_per_step / elapsed:,.0f} tokens/s", False)
             bar.update(step + 1 - logged_at)
             logged_at = step + 1
+    bar.update(config.max_iters - logged_at)
     bar.close()
 
     best_row = min(rows, key=lambda row: row["val_loss_causal"])
@@ -243,9 +244,17 @@ def load_dataset(config):
             runpy.run_path(str(folder / "prepare.py"))["main"]([])
         except SystemExit as error:
             raise UserError(str(error)) from None
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    data = {split: np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r") for split in ("train", "val")}
-    vocab_size = config.vocab_size or meta["vocab_size"]
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        data = {split: np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r") for split in ("train", "val")}
+        lengths = {split: len(tokens) for split, tokens in data.items()}
+        if lengths != meta["tokens"]:
+            raise ValueError(f"meta.json speaks of {meta['tokens']} tokens, the files hold {lengths}")
+        vocab_size = config.vocab_size or meta["vocab_size"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the data in {folder} is damaged ({error}); run prepare.py again") from None
+    if vocab_size < meta["vocab_size"]:
+        raise UserError(f"vocab_size {vocab_size} is smaller than the data set's vocabulary, {meta['vocab_size']}")
     for split, tokens in data.items():
         if len(tokens) <= config.block_size:
             raise UserError(
@@ -322,6 +331,7 @@ def evaluate(model, tokens, config):
     often it agrees with top-k, beside the accuracy of the better constant guess (base rate) and its recall.
     taken: the share of tokens that each routed block processed in the causal pass.
     """
+    config = resolve(config)
     T = model.config.block_size
     training = model.training
     model.eval()

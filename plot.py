@@ -1,0 +1,119 @@
+"""
+Compare runs: validation loss over training FLOPs in one picture, and a table of the last and best losses.
+
+    python plot.py out-shakespeare-mod out-shakespeare-dense out-shakespeare-shallow
+    python plot.py out-* --x step --out losses.png
+
+Runs that differ in nothing but the seed share a colour, and the table gives their mean and standard deviation.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws to a file, needs no screen
+import matplotlib.pyplot as plt
+
+AXES = {
+    "flops": ("flops", "training FLOPs"),
+    "step": ("step", "step"),
+    "tokens": ("tokens", "training tokens"),
+    "time": ("train_seconds", "seconds of training"),
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Validation losses of several runs, in one picture and one table.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="out_dir of a run of train.py")
+    parser.add_argument("--x", choices=AXES, default="flops", help="the horizontal axis (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("losses.png"), help="the picture (default: %(default)s)")
+    args = parser.parse_args(argv)
+    groups = group_by_setting([read_run(path) for path in args.runs])
+    print(table(groups))
+    draw(groups, args.x, args.out)
+    print(f"\nPicture: {args.out}")
+
+
+def read_run(path):
+    try:
+        facts = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows[-1]["val_loss_causal"], facts["config"]["seed"]
+    except (OSError, ValueError, LookupError, TypeError):
+        sys.exit(f"plot.py: {path} is not the out_dir of a run: no config.json and metrics.jsonl of train.py there")
+    return {"name": path.name, "facts": facts, "config": facts["config"], "rows": rows}
+
+
+def group_by_setting(runs):
+    """Lists of runs that differ in nothing but seed and folder, by a name for each list."""
+    by_setting = {}
+    for run in runs:
+        setting = {name: value for name, value in run["config"].items() if name not in ("seed", "out_dir")}
+        by_setting.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
+    return {name_of(group): group for group in by_setting.values()}
+
+
+def name_of(group):
+    if len(group) == 1:
+        return group[0]["name"]
+    config = group[0]["config"]
+    kind = "MoD" if config["route_every"] else "dense"
+    return f"{kind} {config['n_layer']} x {config['n_embd']}, {len(group)} seeds: {group[0]['name']}, ..."
+
+
+def table(groups):
+    lines = ["| run | parameters | steps | training FLOPs | causal loss | top-k loss | best causal | minutes |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
+    for name, group in groups.items():
+        last = [run["rows"][-1] for run in group]
+        best = [min(row["val_loss_causal"] for row in run["rows"]) for run in group]
+        cells = [
+            name,
+            f"{group[0]['facts']['parameters']:,}",
+            f"{last[0]['step']:,}",
+            f"{last[0]['flops']:.4g}",
+            spread([row["val_loss_causal"] for row in last]),
+            spread([row["val_loss_topk"] for row in last]) if group[0]["config"]["route_every"] else "same",
+            spread(best),
+            f"{statistics.median(row['train_seconds'] for row in last) / 60:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values):
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def draw(groups, x, path):
+    key, label = AXES[x]
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for i, (name, group) in enumerate(groups.items()):
+        for run in group:
+            first = run is group[0]
+            xs = [row[key] for row in run["rows"]]
+            axes.plot(
+                xs,
+                [row["val_loss_causal"] for row in run["rows"]],
+                color=f"C{i}",
+                linestyle=("-", "--", "-.", ":")[i % 4],  # so that the curves stay apart in greyscale too
+                label=name if first else None,
+            )
+    low = min(row["val_loss_causal"] for group in groups.values() for run in group for row in run["rows"])
+    first_losses = [run["rows"][min(1, len(run["rows"]) - 1)]["val_loss_causal"] for g in groups.values() for run in g]
+    axes.set_ylim(low - 0.05, max(first_losses) + 0.05)  # the loss before the first step would flatten all the rest
+    axes.set_xlabel(label)
+    axes.set_ylabel("validation loss, causal (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,556 @@
+"""The invariants of the method, each test a sentence. In float64 wherever an equality is claimed."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mod import GPT, Block, GPTConfig, forward_flops
+from train import TrainConfig, configure_optimizer
+
+torch.set_num_threads(1)  # for sizes this small more threads only wait for each other
+TINY = dict(block_size=32, vocab_size=23, n_layer=4, n_head=2, n_embd=16, capacity=0.25, predictor_hidden=8)
+KINDS = [
+    dict(selection="learned", causal_method="predictor"),
+    dict(selection="learned", causal_method="router"),
+    dict(selection="stochastic"),
+    dict(selection="position"),
+]
+kinds = pytest.mark.parametrize("kind", KINDS, ids=["predictor", "router", "stochastic", "position"])
+
+
+def make(seed=0, **changes):
+    """A tiny model in float64, its weights large enough that every decision and every update matters."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**TINY, **changes})).double().eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() >= 2:
+                p.mul_(10.0 if "router" in name or "predictor" in name else 5.0)
+            else:
+                p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def tokens(B=3, T=32, seed=1):
+    return torch.randint(TINY["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(B=3, T=32, C=16, seed=2):
+    return torch.randn(B, T, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# An independent reference: plain loops over functions, written from the paper and from GPT-2, sharing nothing with mod.py.
+
+
+def reference_attention(x, p, n_head):
+    """x (n, C): one sequence; each token attends to itself and those before it in x."""
+    n, C = x.shape
+    hs = C // n_head
+    q, k, v = (x @ p["attn.c_attn.weight"].T + p["attn.c_attn.bias"]).split(C, dim=1)
+    heads = []
+    for h in range(n_head):
+        part = slice(h * hs, (h + 1) * hs)
+        scores = q[:, part] @ k[:, part].T / math.sqrt(hs)
+        scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -math.inf)
+        heads.append(scores.softmax(dim=1) @ v[:, part])
+    return torch.cat(heads, dim=1) @ p["attn.c_proj.weight"].T + p["attn.c_proj.bias"]
+
+
+def reference_norm(x, weight, bias):
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred / (centred.pow(2).mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+
+def reference_update(x, p, n_head):
+    """What GPT-2's block adds to x (n, C)."""
+    a = reference_attention(reference_norm(x, p["ln_1.weight"], p["ln_1.bias"]), p, n_head)
+    u = reference_norm(x + a, p["ln_2.weight"], p["ln_2.bias"]) @ p["mlp.c_fc.weight"].T + p["mlp.c_fc.bias"]
+    gelu = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+    return a + gelu @ p["mlp.c_proj.weight"].T + p["mlp.c_proj.bias"]
+
+
+def reference_equation_1(x, chosen, p, n_head):
+    """Equation (1) for one sequence x (T, C); chosen: the picked positions, ascending."""
+    f = reference_update(torch.stack([x[i] for i in chosen]), p, n_head) if chosen else None
+    rows = []
+    for i in range(len(x)):
+        r = sum(p["router.weight"][0, c] * x[i, c] for c in range(x.size(1)))
+        rows.append(r * f[chosen.index(i)] + x[i] if i in chosen else x[i])
+    return torch.stack(rows)
+
+
+def largest(values, k):
+    """Positions of the k largest values, ascending."""
+    return sorted(sorted(range(len(values)), key=lambda i: -values[i])[:k])
+
+
+def reference_gpt(model, idx):
+    """GPT-2's forward pass (B, T, vocab_size) for a model without routed blocks."""
+    p = dict(model.named_parameters())
+    out = []
+    for row in idx:
+        x = torch.stack([p["transformer.wte.weight"][t] + p["transformer.wpe.weight"][i] for i, t in enumerate(row)])
+        for block in model.transformer.h:
+            x = x + reference_update(x, dict(block.named_parameters()), model.config.n_head)
+        x = reference_norm(x, p["transformer.ln_f.weight"], p["transformer.ln_f.bias"])
+        out.append(x @ p["transformer.wte.weight"].T)
+    return torch.stack(out)
+
+
+def close(a, b, tolerance=1e-10):
+    return torch.allclose(a, b, rtol=0, atol=tolerance)
+
+
+# The GPT
+
+
+def test_without_routed_blocks_it_is_a_plain_gpt():
+    model = make(route_every=0)
+    for routing in ("topk", "causal"):
+        assert close(model(tokens(), routing=routing)[0], reference_gpt(model, tokens()))
+
+
+def test_blocks_1_3_5_are_routed_and_block_0_is_not():
+    routed = {every: [make(n_layer=6, route_every=every).config.is_routed(i) for i in range(6)] for every in range(4)}
+    assert routed == {
+        0: [False] * 6,
+        1: [True] * 6,
+        2: [False, True] * 3,
+        3: [False, False, True] * 2,
+    }
+    assert [type(b) is Block for b in make().transformer.h] == [True, False, True, False]
+
+
+def test_an_update_is_what_an_ordinary_block_adds():
+    x, block = inputs(), make().transformer.h[1]
+    assert close(Block.forward(block, x), x + block.update(x))
+
+
+# The routed block
+
+
+def test_a_routed_block_is_equation_1_gradients_included():
+    block, x = make().transformer.h[1], inputs().requires_grad_()
+    p = dict(block.named_parameters())
+    chosen = [largest((row @ p["router.weight"][0]).tolist(), 8) for row in x]
+    assert all(picked != list(range(picked[0], picked[0] + 8)) for picked in chosen)  # scattered: order matters
+    expected = torch.stack([reference_equation_1(x[b], chosen[b], p, n_head=2) for b in range(3)])
+    out = block(x)
+    assert close(out, expected)
+    assert [row.nonzero().flatten().tolist() for row in block.taken] == chosen
+
+    weights = [x] + [parameter for name, parameter in p.items() if "predictor" not in name]
+    probe = torch.randn_like(out)
+    for ours, theirs in zip(
+        torch.autograd.grad((out * probe).sum(), weights), torch.autograd.grad((expected * probe).sum(), weights)
+    ):
+        assert ours.abs().max() > 0
+        assert close(ours, theirs)
+
+
+@kinds
+def test_causal_routing_is_equation_1_over_exactly_the_tokens_taken(kind):
+    block, x = make(**kind).transformer.h[1], inputs(B=4)
+    out = block(x, "causal")
+    chosen = [row.nonzero().flatten().tolist() for row in block.taken]
+    if kind["selection"] == "learned":
+        assert len({len(picked) for picked in chosen}) > 1  # a ragged batch
+    p = dict(block.named_parameters())
+    assert close(out, torch.stack([reference_equation_1(x[b], chosen[b], p, n_head=2) for b in range(4)]))
+
+
+def test_the_predictor_decides_by_its_own_input_token_by_token():
+    block, x = make().transformer.h[1], inputs()
+    block(x, "causal")
+    by_itself = torch.stack([torch.stack([block.predictor(x[b, i]).squeeze() > 0 for i in range(32)]) for b in range(3)])
+    assert torch.equal(block.taken, by_itself)
+    assert 0 < block.taken.sum() < block.taken.numel()
+
+
+def test_with_the_router_as_causal_method_a_token_enters_when_its_weight_is_positive():
+    block, x = make(causal_method="router").transformer.h[1], inputs()
+    block(x, "causal")
+    assert torch.equal(block.taken, x @ block.router.weight[0] > 0)
+
+
+class Ones(torch.nn.Module):
+    def forward(self, x):
+        return torch.ones_like(x[..., :1])
+
+
+def test_capacity_1_with_the_gate_held_at_1_is_the_dense_model():
+    model = make(capacity=1.0)
+    for block in model.routed_blocks:
+        block.router = Ones()
+    dense = GPT(dataclasses.replace(model.config, route_every=0)).double().eval()
+    dense.load_state_dict(model.state_dict(), strict=False)
+    assert close(model(tokens())[0], dense(tokens())[0])
+
+
+def test_with_an_update_of_zero_a_routed_block_is_the_identity():
+    block, x = make().transformer.h[1], inputs()
+    for p in (*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()):
+        torch.nn.init.zeros_(p)
+    assert torch.equal(block(x), x)
+    assert torch.equal(block(x, "causal"), x)
+
+
+@pytest.mark.parametrize("routing", ["topk", "causal"])
+def test_a_token_that_is_not_taken_is_unchanged_bit_for_bit(routing):
+    block, x = make().transformer.h[1], inputs()
+    out = block(x, routing)
+    assert torch.equal(out[~block.taken], x[~block.taken])
+    assert (out[block.taken] != x[block.taken]).any(dim=1).all()
+
+
+def test_no_token_taken_is_the_identity_and_all_taken_is_no_cap():
+    block, x = make().transformer.h[1], inputs()
+    block.predictor[-1].bias.data.fill_(-1e6)
+    assert torch.equal(block(x, "causal"), x) and not block.taken.any()
+    block.predictor[-1].bias.data.fill_(1e6)
+    assert close(block(x, "causal"), x + block.router(x) * block.update(x)) and block.taken.all()
+
+
+def test_a_row_that_takes_nothing_beside_one_that_does():
+    block, x = make(causal_method="router").transformer.h[1], inputs(B=2)
+    x[0] = -block.router.weight[0]  # w . x < 0 for each token of row 0
+    out = block(x, "causal")
+    assert torch.equal(out[0], x[0]) and close(out[1:], block(x[1:], "causal"))
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 7, 8, 31, 32])
+@pytest.mark.parametrize("capacity", [0.01, 0.125, 0.3, 1.0])
+@kinds
+def test_exactly_k_tokens_per_row(kind, capacity, T):
+    block = make(capacity=capacity, **kind).transformer.h[1]
+    k = max(1, math.floor(capacity * T + 1e-9))
+    block(inputs(T=T))
+    assert block.taken.sum(dim=1).tolist() == [k, k, k]
+    block(torch.ones(3, T, 16, dtype=torch.float64))  # equal scores for all tokens
+    assert block.taken.sum(dim=1).tolist() == [k, k, k]
+
+
+def test_k_is_not_lost_to_rounding():
+    for percent in range(1, 101):
+        assert GPTConfig(capacity=percent / 100).capacity_in_tokens(100) == percent
+
+
+def test_a_nan_in_one_row_stays_in_that_row():
+    block, x = make().transformer.h[1], inputs()
+    x[0, 5] = math.nan
+    for routing in ("topk", "causal"):
+        assert close(block(x, routing)[1:], block(x[1:], routing))
+
+
+@kinds
+def test_a_row_does_not_depend_on_the_other_rows(kind):
+    model, idx = make(**kind), tokens(B=4)
+    together = model(idx, routing="causal")[0]
+    assert close(together, torch.cat([model(row[None], routing="causal")[0] for row in idx]))
+
+
+def test_the_position_control_is_one_comb_under_both_routings():
+    block = make(selection="position", capacity=0.125).transformer.h[1]
+    for routing in ("topk", "causal"):
+        block(inputs(), routing)
+        assert block.taken.nonzero()[:, 1].tolist() == [7, 15, 23, 31] * 3
+
+
+def test_the_stochastic_control_ignores_the_router_and_keeps_its_density():
+    block = make(selection="stochastic", capacity=0.25, block_size=4000).transformer.h[1]
+    x = inputs(B=1, T=4000)
+    block(x)
+    first = block.taken
+    block(x)
+    assert not torch.equal(first, block.taken)  # new noise in every pass
+    chance = (first & block.taken).sum() / 1000
+    assert 0.2 < chance < 0.3
+    block(x, "causal")
+    assert 0.22 < block.taken.double().mean() < 0.28
+
+
+def test_the_block_computes_a_batch_at_once():
+    for routing in ("topk", "causal"):
+        model, calls = make(), []
+        for block in model.routed_blocks:
+            block.attn.register_forward_hook(lambda module, args, out: calls.append(args[0].shape))
+        model(tokens(B=5), routing=routing)
+        counts = [int(block.taken.sum(dim=1).max()) for block in model.routed_blocks]
+        assert calls == [(5, n, 16) for n in counts]
+
+
+def test_routing_stays_in_float32_under_autocast():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**TINY))
+    block, x = model.transformer.h[1], inputs().float()
+    block(x)
+    expected = block.taken
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        block(x)
+    assert block.logits.dtype == torch.float32
+    assert torch.equal(block.taken, expected)
+
+
+# Causality
+
+
+def first_change(model, routing, position):
+    """Where the logits first differ after the token at `position` was changed; None: nowhere."""
+    idx = tokens(B=4)
+    changed = idx.clone()
+    changed[:, position] = (changed[:, position] + 1) % TINY["vocab_size"]
+    difference = (model(idx, routing=routing)[0] - model(changed, routing=routing)[0]).abs().amax(dim=(0, 2))
+    positions = (difference > 1e-10).nonzero().flatten().tolist()
+    return positions[0] if positions else None
+
+
+@kinds
+@pytest.mark.parametrize("route_every", [1, 2])
+def test_in_causal_mode_the_future_never_touches_the_past(kind, route_every):
+    model = make(route_every=route_every, **kind)
+    for position in range(32):
+        assert first_change(model, "causal", position) == position
+
+
+def test_under_topk_a_later_token_can_change_an_earlier_output():
+    model = make()
+    assert any(first_change(model, "topk", position) < position for position in range(16, 32))
+
+
+def test_the_gate_is_the_raw_router_weight_and_does_not_depend_on_other_tokens():
+    block, x = make(capacity=1.0).transformer.h[1], inputs()
+    longer = torch.cat((x, 3 * inputs(T=8, seed=5)), dim=1)
+    assert close(block(x), block(longer)[:, :32])  # a softmax over the sequence would shrink with each token more
+    assert close(block(x), x + (x @ block.router.weight[0]).unsqueeze(-1) * block.update(x))
+
+
+def test_routing_does_not_depend_on_training_or_evaluation_mode():
+    model = make()
+    for routing in ("topk", "causal"):
+        assert torch.equal(model.train()(tokens(), routing=routing)[0], model.eval()(tokens(), routing=routing)[0])
+
+
+# Losses and gradients
+
+
+def test_the_loss_is_the_language_models_alone():
+    model, idx, targets = make(), tokens(), tokens(seed=9)
+    targets[0, :5] = -1  # not counted
+    for routing in ("topk", "causal"):
+        logits, loss = model(idx, targets, routing)
+        assert logits.shape == (3, 32, 23)
+        log_p = logits.log_softmax(dim=-1)
+        counted = [log_p[b, t, targets[b, t]] for b in range(3) for t in range(32) if targets[b, t] >= 0]
+        assert close(loss, -torch.stack(counted).mean())
+    assert model(idx)[1] is None
+
+
+@pytest.mark.parametrize("method", ["predictor", "router"])
+def test_the_auxiliary_loss_is_bce_on_membership_over_all_rows_and_routed_blocks(method):
+    model, seen = make(causal_method=method), []
+    for block in model.routed_blocks:
+        block.register_forward_hook(lambda block, args, out: seen.append((block, args[0])))
+    model(tokens(), tokens(seed=9))
+    terms = []
+    for block, x in seen:  # x: the block's input
+        for b in range(3):
+            r = (x[b] @ block.router.weight[0]).tolist()
+            chosen = largest(r, 8)
+            for i in range(32):
+                z = block.predictor(x[b, i]).item() if method == "predictor" else r[i]
+                terms.append(math.log1p(math.exp(-z)) if i in chosen else math.log1p(math.exp(z)))
+    assert len(terms) == 2 * 3 * 32
+    assert math.isclose(model.aux_loss.item(), sum(terms) / len(terms), abs_tol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [dict(route_every=0), dict(selection="stochastic"), dict(selection="position")])
+def test_where_nothing_is_learned_the_auxiliary_loss_is_zero(kind):
+    model = make(**kind)
+    model(tokens(), tokens(seed=9))
+    assert model.aux_loss.item() == 0 and not any("predictor" in name for name, _ in model.named_parameters())
+
+
+def test_a_causal_pass_leaves_the_auxiliary_loss_alone():
+    model = make()
+    model(tokens(), tokens(seed=9))
+    before = model.aux_loss
+    model(tokens(), tokens(seed=9), routing="causal")
+    assert model.aux_loss is before
+
+
+def test_the_router_gets_a_gradient_from_the_language_model_loss():
+    model = make()
+    _, loss = model(tokens(), tokens(seed=9))
+    loss.backward()
+    for block in model.routed_blocks:
+        assert block.router.weight.grad.abs().min() > 0
+        assert all(p.grad is None for p in block.predictor.parameters())
+
+
+def test_the_auxiliary_loss_reaches_the_predictor_and_nothing_else():
+    model = make()
+    model(tokens(), tokens(seed=9))
+    model.aux_loss.backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {name for name, _ in model.named_parameters() if "predictor" in name} != set()
+
+
+def test_with_the_router_as_causal_method_the_auxiliary_loss_reaches_the_router():
+    model = make(causal_method="router")
+    model(tokens(), tokens(seed=9))
+    model.aux_loss.backward()
+    assert all(block.router.weight.grad.abs().max() > 0 for block in model.routed_blocks)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, dict(route_every=0)])
+def test_one_batch_can_be_memorised(kind):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**TINY, "n_embd": 32, **kind}))
+    idx, targets = tokens(B=4), tokens(B=4, seed=9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        _, loss = model(idx, targets)
+        (loss + model.aux_loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
+
+
+@pytest.mark.parametrize("kind", [*KINDS, dict(route_every=0), dict(bias=False)])
+def test_every_parameter_is_in_exactly_one_optimizer_group(kind):
+    model = make(**kind)
+    groups = configure_optimizer(model, TrainConfig()).param_groups
+    in_groups = [id(p) for group in groups for p in group["params"]]
+    assert sorted(in_groups) == sorted(id(p) for p in model.parameters())
+    assert all((group["weight_decay"] > 0) == (p.dim() >= 2) for group in groups for p in group["params"])
+
+
+# Cost
+
+
+SHAPES = [
+    dict(),
+    dict(route_every=0),
+    dict(route_every=1, capacity=0.3, n_embd=24, n_head=3),
+    dict(route_every=3, n_layer=7, vocab_size=65, predictor_hidden=5),
+    dict(causal_method="router", capacity=0.01),
+    dict(selection="stochastic"),
+    dict(selection="position", capacity=1.0),
+    dict(bias=False, n_layer=1),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("T", [1, 5, 32])
+def test_the_flop_formula_equals_pytorchs_counter(shape, T):
+    model = make(**shape).to("meta")  # on the CPU the counter gives 0 for attention
+    idx = torch.zeros(1, T, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx)
+    assert counter.get_total_flops() == forward_flops(model.config, T)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_flop_formula_equals_the_counter_in_a_causal_pass(shape):
+    model = make(**shape)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens(B=1), routing="causal")
+    taken = [int(block.taken.sum()) for block in model.routed_blocks]
+    assert counter.get_total_flops() == forward_flops(model.config, 32, taken)
+
+
+def test_the_papers_saving():
+    dense = GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, route_every=0)
+    ratio = forward_flops(dataclasses.replace(dense, route_every=2), 256) / forward_flops(dense, 256)
+    assert 0.54 < ratio < 0.57  # (1 + 1/8) / 2 = 0.5625, less for attention, more for router, predictor and head
+
+
+# Sampling
+
+
+@kinds
+def test_generate_is_a_causal_pass_per_token(kind):
+    model, prompt = make(**kind), tokens(B=3, T=5)
+    expected = prompt
+    for _ in range(20):
+        logits, _ = model(expected, routing="causal")
+        expected = torch.cat((expected, logits[:, -1:].argmax(dim=-1)), dim=1)
+    assert torch.equal(model.generate(prompt, 20, temperature=0), expected)
+
+
+def test_a_full_window_restarts_from_its_last_half():
+    model, row = make(block_size=8), tokens(B=1, T=3)[0].tolist()
+    window = list(row)
+    for _ in range(30):
+        if len(window) > 8:
+            window = window[-4:]
+        token = model(torch.tensor([window]), routing="causal")[0][0, -1].argmax().item()
+        window.append(token)
+        row.append(token)
+    assert model.generate(tokens(B=1, T=3), 30, temperature=0)[0].tolist() == row
+
+
+def test_a_prompt_longer_than_the_context_uses_its_last_half_window():
+    model, prompt = make(block_size=8), tokens(B=2, T=20)
+    expected = model(prompt[:, -4:], routing="causal")[0][:, -1].argmax(dim=-1)
+    assert torch.equal(model.generate(prompt, 1, temperature=0)[:, -1], expected)
+
+
+def test_sampling_follows_seed_temperature_and_top_k():
+    model, prompt = make(), tokens(B=2, T=5)
+    assert torch.equal(model.generate(prompt, 20, seed=1), model.generate(prompt, 20, seed=1))
+    assert not torch.equal(model.generate(prompt, 20, seed=1), model.generate(prompt, 20, seed=2))
+    greedy = model.generate(prompt, 20, temperature=0)
+    assert torch.equal(model.generate(prompt, 20, top_k=1, seed=1), greedy)
+    assert torch.equal(model.generate(prompt, 20, temperature=1e-4, seed=1), greedy)
+    many = model.generate(prompt[:1].expand(2000, -1), 1, top_k=3, seed=1)[:, -1]
+    p = model(prompt[:1], routing="causal")[0][0, -1].softmax(dim=-1)
+    best = p.topk(3)
+    assert set(many.tolist()) <= set(best.indices.tolist())
+    drawn = torch.stack([(many == token).double().mean() for token in best.indices])
+    assert close(drawn, best.values / best.values.sum(), 0.05)
+
+
+def test_generate_leaves_the_training_mode_and_samples_without_dropout():
+    model = make(dropout=0.5).train()
+    first = model.generate(tokens(B=1, T=5), 10, temperature=0)
+    assert model.training
+    assert torch.equal(first, model.generate(tokens(B=1, T=5), 10, temperature=0))
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(capacity=12.5), "capacity is a fraction in (0, 1], got 12.5; for 12.5 % write 0.125"),
+        (dict(capacity=0.0), "capacity is a fraction in (0, 1], got 0"),
+        (dict(capacity=math.nan), "capacity is a fraction in (0, 1], got nan"),
+        (dict(n_embd=100, n_head=12), "n_embd 100 and n_head 12; 96 would do"),
+        (dict(n_layer=0), "n_layer must be at least 1, got 0"),
+        (dict(route_every=-1), "route_every is 0 (no block is routed), 1 (every block), 2, ...; got -1"),
+        (dict(dropout=1.0), "dropout is a probability in [0, 1), got 1"),
+        (dict(selection="best"), "selection must be one of learned, stochastic, position; got 'best'"),
+        (dict(causal_method="oracle"), "causal_method must be one of predictor, router; got 'oracle'"),
+    ],
+)
+def test_a_config_that_cannot_work_is_told_in_one_line(changes, message):
+    with pytest.raises(ValueError) as error:
+        GPTConfig(**changes)
+    assert message in str(error.value)
+
+
+def test_a_call_that_cannot_work_is_told_in_one_line():
+    model = make()
+    with pytest.raises(ValueError, match='routing must be "topk" or "causal", got \'sample\''):
+        model(tokens(), routing="sample")
+    with pytest.raises(ValueError, match="33 tokens does not fit into block_size 32"):
+        model(tokens(T=33))
+    with pytest.raises(ValueError, match="one number per routed block: 2, got 1"):
+        forward_flops(model.config, 32, [4])

