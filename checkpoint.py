@@ -28,7 +28,7 @@ def save(out_dir, name, model, **info):
 
 
 def load(out_dir, name, device):
-    """The model on `device`, in evaluation mode, and the contents of its JSON. Raises UserError if either is damaged."""
+    """The model on `device` in evaluation mode, and its JSON's contents. Raises UserError if either is damaged."""
     path, weights = out_dir / f"{name}.json", out_dir / f"{name}.pt"
     if not path.is_file() or not weights.is_file():
         raise UserError(

@@ -72,7 +72,7 @@ def _read_preset(path, fields):
     """The assignments of a preset file, and those of its cpu part."""
     if not Path(path).is_file():
         known = [str(p) for p in sorted(Path(path).parent.glob("*.py"))]
-        raise UserError(f"no preset file {path}" + _nearest(path, known, "there is"))
+        raise UserError(f"no preset file {path}{_nearest(path, known)}")
     try:
         names = runpy.run_path(str(path))
     except Exception as error:
@@ -96,7 +96,8 @@ def _convert(field, value, where):
     choices = field.metadata["choices"]
     if choices:
         if str(value) not in choices:
-            raise UserError(f"{where} must be one of {', '.join(choices)}; got {str(value)!r}{_nearest(value, choices)}")
+            hint = _nearest(value, choices)
+            raise UserError(f"{where} must be one of {', '.join(choices)}; got {str(value)!r}{hint}")
         return str(value)
     expected = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[field.type]
     try:
@@ -118,9 +119,9 @@ def _unknown_argument(argument, fields):
     return f"unknown option {name}{_nearest(name, [f'--{field}' for field in fields]) or '; --help lists them all'}"
 
 
-def _nearest(name, known, phrase="did you mean"):
+def _nearest(name, known):
     found = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; {phrase} {found[0]}?" if found else ""
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 class _Parser(argparse.ArgumentParser):

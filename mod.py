@@ -268,7 +268,7 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def routing_loss(self, logits):
-        """§3.5: binary cross-entropy of causal decision against top-k membership, mean over tokens and routed blocks."""
+        """§3.5: cross-entropy of the causal decisions against top-k membership, mean over tokens and routed blocks."""
         if self.config.selection != "learned" or not self.routed_blocks:
             return logits.new_zeros(())  # nothing to learn
         losses = [F.binary_cross_entropy_with_logits(b.logits, b.taken.to(b.logits.dtype)) for b in self.routed_blocks]

