@@ -149,24 +149,9 @@ class RoutedBlock(Block):
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             r = self.router(x).squeeze(-1)  # (B, T)
             self.logits = self.causal_logits(x, r)  # (B, T)
-        if routing == "topk":
-            k = self.config.capacity_in_tokens(x.size(1))
-            # topk returns the largest first. Without the sort, attention's causal mask, which knows only the order in
-            # which the tokens come, would let a token see later ones and hide earlier ones.
-            picked = self.scores(r).topk(k, dim=1).indices.sort(dim=1).values  # (B, k), back in time order
-            self.taken = torch.zeros_like(r, dtype=torch.bool).scatter(1, picked, True)  # (B, T)
-            weight = r.gather(1, picked)  # (B, k)
-        else:
-            self.taken = self.logits > 0
-            count = self.taken.sum(dim=1, keepdim=True)  # (B, 1), differs from row to row
-            k = int(count.max())
-            if k == 0:
-                return x
-            # Taken tokens first, in time order, then tokens that were not taken, as padding up to the fullest row. No
-            # taken token sees the padding (it stands after them), and a weight of 0 keeps it from changing anything.
-            picked = (~self.taken).int().argsort(dim=1, stable=True)[:, :k]  # (B, k)
-            padding = torch.arange(k, device=x.device) >= count  # (B, k)
-            weight = r.gather(1, picked).masked_fill(padding, 0.0)
+        picked, weight = self.pick_topk(r) if routing == "topk" else self.pick_causal(r)  # (B, k) each
+        if picked.size(1) == 0:
+            return x  # nothing taken in any row
         index = picked.unsqueeze(-1).expand(-1, -1, x.size(-1))  # (B, k, C)
         # The weight multiplies the update only, never the residual: it puts the router on the gradient's path (§3.4).
         update = weight.unsqueeze(-1) * self.update(x.gather(1, index))  # (B, k, C)
@@ -176,6 +161,26 @@ class RoutedBlock(Block):
         """f in equation (1): what an ordinary block would add to x (B, k, C), its own residual within it included."""
         h = self.attn(self.ln_1(x))
         return h + self.mlp(self.ln_2(x + h))
+
+    def pick_topk(self, r):
+        """The k tokens of the largest scores in each row, and their weights, (B, k) each."""
+        k = self.config.capacity_in_tokens(r.size(1))
+        # topk returns the largest first. Without the sort, attention's causal mask, which knows only the order in which
+        # the tokens come, would let a token see later ones and hide earlier ones.
+        picked = self.scores(r).topk(k, dim=1).indices.sort(dim=1).values  # (B, k), back in time order
+        self.taken = torch.zeros_like(r, dtype=torch.bool).scatter(1, picked, True)  # (B, T)
+        return picked, r.gather(1, picked)
+
+    def pick_causal(self, r):
+        """The tokens of positive logits, as many as there are; k is the count of the fullest row."""
+        self.taken = self.logits > 0  # (B, T)
+        count = self.taken.sum(dim=1, keepdim=True)  # (B, 1)
+        k = int(count.max())
+        # Taken tokens first, in time order; then, in rows with fewer than k, tokens that were not taken as padding. No
+        # taken token sees the padding, which stands after them, and its weight of 0 leaves it as it was.
+        picked = (~self.taken).int().argsort(dim=1, stable=True)[:, :k]  # (B, k)
+        padding = torch.arange(k, device=r.device) >= count  # (B, k)
+        return picked, r.gather(1, picked).masked_fill(padding, 0.0)
 
     def scores(self, r):
         """What top-k ranks (B, T)."""
@@ -193,14 +198,13 @@ class RoutedBlock(Block):
         return self.predictor(x.detach()).squeeze(-1)
 
     def fixed_rule(self, layer):
-        """The controls' causal decision by position alone (block_size,), positive: take."""
-        c, positions = self.config.capacity, range(self.config.block_size)
+        """The controls' causal decision, which knows the position alone (block_size,), positive: take."""
+        n, c = self.config.block_size, self.config.capacity
         if self.config.selection == "stochastic":
-            coins = torch.rand(len(positions), generator=torch.Generator().manual_seed(layer))
-            return c - coins
-        comb = [math.floor((i + 1) * c + 1e-9) - math.floor(i * c + 1e-9) for i in positions]
-        # Earlier positions rank higher, so that top-k of this rule is never a matter of ties.
-        return torch.tensor([tooth - (i + 1) / (len(positions) + 1) for i, tooth in zip(positions, comb)])
+            return c - torch.rand(n, generator=torch.Generator().manual_seed(layer))
+        comb = [math.floor((i + 1) * c + 1e-9) - math.floor(i * c + 1e-9) for i in range(n)]
+        # Earlier positions score higher, so that top-k never meets a tie.
+        return torch.tensor([tooth - (i + 1) / (n + 1) for i, tooth in enumerate(comb)])
 
 
 class GPT(nn.Module):
