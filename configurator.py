@@ -51,7 +51,7 @@ def load(options_class, argv, description, preset=False):
     values = {**in_preset, **given}
     if in_cpu_part and pick_device(values.get("device", "auto")) == "cpu":
         values = {**in_preset, **in_cpu_part, **given}
-        dialled = ", ".join(f"{name}={values[name]}" for name in in_cpu_part)
+        dialled = ", ".join(f"{name}={_short(values[name])}" for name in in_cpu_part)
         print(f"No GPU: {path} dials itself down to {dialled}")
     return options_class(**values)
 
@@ -110,6 +110,10 @@ def _convert(field, value, where):
         return field.type(value)
     except (ValueError, KeyError):
         raise UserError(f"{where} expects {expected}, got {value!r}") from None
+
+
+def _short(value):
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _unknown_argument(argument, fields):

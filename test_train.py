@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import math
+import re
 import runpy
 import subprocess
 import sys
@@ -593,3 +594,24 @@ def test_presets_are_bare_assignments():
     for path in PRESETS:
         names = {name for name in runpy.run_path(str(path)) if not name.startswith("__")}
         assert names - {"cpu"} <= {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+# The README
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_equation_table_quotes_lines_and_tests_that_exist():
+    code, tests = (ROOT / "mod.py").read_text(encoding="utf-8"), (ROOT / "test_mod.py").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \| `(.+)` \| `(test_\w+)` \|$", README, flags=re.MULTILINE)
+    assert len(rows) > 10
+    for line, test in rows:
+        assert line in code and f"def {test}(" in tests
+
+
+def test_the_readmes_results_are_those_of_the_result_files():
+    runs = [plot.read_run(path) for path in sorted((ROOT / "results" / "shakespeare_cpu").glob("*-?"))]
+    assert len(runs) == 9
+    generated = re.search(r"<!-- generated: .* -->\n(.*?)\n<!-- end -->", README, flags=re.DOTALL).group(1)
+    assert generated == plot.table(plot.group_by_setting(runs))

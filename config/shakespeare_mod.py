@@ -19,6 +19,6 @@ cpu = dict(
     dropout=0.0,
     batch_size=16,
     flop_budget=1.5e13,
-    learning_rate=3e-3,
-    min_lr=3e-4,
+    learning_rate=5e-3,
+    min_lr=5e-4,
 )

@@ -36,7 +36,8 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="the folder to write to (default: %(default)s)", default=HERE)
     args = parser.parse_args(argv)
     if args.input:
-        raw, source = read_bytes(args.input), str(args.input.name)
+        raw = read_bytes(args.input)
+        source = "Tiny Shakespeare" if hashlib.sha256(raw).hexdigest() == TINY_SHA256 else args.input.name
     else:
         raw, source = download()
     write_dataset(decode(raw, source), source, args.out)
