@@ -51,17 +51,19 @@ def bench(options):
     for name, least in (("batch_size", 1), ("repeats", 1), ("warmup", 0), ("route_every", 1)):
         if getattr(options, name) < least:
             raise UserError(f"{name} must be at least {least}, got {getattr(options, name)}")
-    shape = {field.name for field in dataclasses.fields(GPTConfig)} & asdict(options).keys()
+    names = {field.name for field in dataclasses.fields(GPTConfig)} & asdict(options).keys()
     try:
-        mod = GPTConfig(**{name: getattr(options, name) for name in shape}, bias=False)
+        mod = GPTConfig(**{name: getattr(options, name) for name in names}, bias=False)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if options.route_every > options.n_layer:
+        raise UserError(f"route_every {options.route_every} routes none of {options.n_layer} blocks; use more blocks")
     dense = dataclasses.replace(mod, route_every=0)
     flop_ratio = forward_flops(mod, mod.block_size) / forward_flops(dense, mod.block_size)
     print(f"Predicted: a MoD step has {flop_ratio:.3f} of the dense step's FLOPs")
 
     config = resolve(TrainConfig(device=options.device, dtype=options.dtype, compile=options.compile))
-    steps = {name: training_step(shape, options, config) for name, shape in (("mod", mod), ("dense", dense))}
+    steps = {name: training_step(c, options.batch_size, config) for name, c in (("mod", mod), ("dense", dense))}
     times = {name: [] for name in steps}
     for repeat in tqdm(range(options.warmup + options.repeats), disable=None, leave=False):
         for name, step in steps.items():  # in turn, so that what slows the machine slows both
@@ -86,12 +88,12 @@ def bench(options):
     }
 
 
-def training_step(shape, options, config):
+def training_step(model_config, batch_size, config):
     """A function that makes one training step (forward, backward, clipping, AdamW) on random tokens."""
     torch.manual_seed(0)
-    model = GPT(shape).to(config.device)
+    model = GPT(model_config).to(config.device)
     optimizer = configure_optimizer(model, config)
-    idx = torch.randint(shape.vocab_size, (options.batch_size, shape.block_size), device=config.device)
+    idx = torch.randint(model_config.vocab_size, (batch_size, model_config.block_size), device=config.device)
     if config.compile == "True":
         model.compile()
 
@@ -108,9 +110,8 @@ def training_step(shape, options, config):
 
 def clocked(step, device):
     def synchronize():
-        kind = torch.device(device).type
-        if kind != "cpu":
-            getattr(torch, kind).synchronize()
+        if device != "cpu":  # a GPU works on while Python goes ahead
+            torch.accelerator.synchronize(torch.device(device))
 
     synchronize()
     start = time.perf_counter()

@@ -95,7 +95,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """An ordinary transformer block: every token goes through it, whatever the routing."""
+    """An ordinary transformer block: every token goes through it; `routing` is for RoutedBlock, called alike."""
 
     def __init__(self, config):
         super().__init__()
@@ -118,16 +118,17 @@ class RoutedBlock(Block):
 
     The block does the picking (expert choice, §3.2): per sequence it takes the k tokens of the largest r. That looks at
     the future: whether a token is among the top k depends on the tokens after it. Training may do so, sampling cannot.
-    `routing="causal"` therefore takes the tokens whose `logits` are positive; they are learned to foretell top-k
-    (§3.5), and each depends on its own token and position alone.
+    `routing="causal"` therefore takes the tokens whose `logits` are positive, sigmoid(logit) > 0.5 (§3.5). They are
+    trained to say whether top-k picks token i, and are a function of x_i alone: of the token and what came before it,
+    which earlier blocks have put into x_i, never of what comes after.
 
     After a forward pass the block holds what it decided, for whoever wants to look:
         taken   (B, T) bool   the tokens that it processed
         logits  (B, T)        the causal decision, positive: take
 
-    The controls pick by other things than the router's weights. The gate stays r, and nothing is learned to foretell:
-        stochastic   top-k of Gaussian noise, new at each pass; causal: a token enters with probability `capacity`
-                     (drawn once per block and position, so that a token's fate stays the same as the text grows)
+    The controls pick by other things than the router's weights. The gate stays r, and no decision is trained:
+        stochastic   top-k of Gaussian noise, new at each pass; causal: a token enters with probability `capacity`,
+                     drawn once per block and position for all rows, so that it does not change as the text grows
         position     a fixed comb of the capacity's density, top-k and causal alike; 12.5 %: tokens 7, 15, 23, ...
                      (T < 1 / capacity: top-k must pick one token and picks the first, causal picks none)
     """
@@ -135,6 +136,7 @@ class RoutedBlock(Block):
     def __init__(self, config, layer):
         super().__init__(config)
         self.config = config
+        self.taken = self.logits = None
         self.router = nn.Linear(config.n_embd, 1, bias=False)
         if config.selection != "learned":
             self.register_buffer("rule", self.fixed_rule(layer), persistent=False)
@@ -144,21 +146,21 @@ class RoutedBlock(Block):
             )
 
     def forward(self, x, routing="topk"):
-        # Routing runs in float32 also under autocast: bfloat16 keeps 3 digits, and the picks among near-equal weights
-        # would be arbitrary. (The meta device, on which FLOPs can be counted, has no autocast of its own.)
+        # Routing stays in float32 under autocast: bfloat16 keeps 3 digits, and the picks among near-equal weights would
+        # be arbitrary. (torch.autocast does not know the meta device, on which FLOPs can be counted.)
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             r = self.router(x).squeeze(-1)  # (B, T)
             self.logits = self.causal_logits(x, r)  # (B, T)
         picked, weight = self.pick_topk(r) if routing == "topk" else self.pick_causal(r)  # (B, k) each
         if picked.size(1) == 0:
-            return x  # nothing taken in any row
+            return x  # no token taken in any row: nothing to pay for
         index = picked.unsqueeze(-1).expand(-1, -1, x.size(-1))  # (B, k, C)
         # The weight multiplies the update only, never the residual: it puts the router on the gradient's path (§3.4).
         update = weight.unsqueeze(-1) * self.update(x.gather(1, index))  # (B, k, C)
         return x.scatter_add(1, index, update)  # (B, T, C)
 
     def update(self, x):
-        """f in equation (1): what an ordinary block would add to x (B, k, C), its own residual within it included."""
+        """f in equation (1): what an ordinary block adds to x (B, k, C), without x itself; its MLP sees x + h."""
         h = self.attn(self.ln_1(x))
         return h + self.mlp(self.ln_2(x + h))
 
@@ -176,8 +178,9 @@ class RoutedBlock(Block):
         self.taken = self.logits > 0  # (B, T)
         count = self.taken.sum(dim=1, keepdim=True)  # (B, 1)
         k = int(count.max())
-        # Taken tokens first, in time order; then, in rows with fewer than k, tokens that were not taken as padding. No
-        # taken token sees the padding, which stands after them, and its weight of 0 leaves it as it was.
+        # Taken tokens first, in time order (stable); then, in rows with fewer than k, tokens that were not taken, as
+        # padding. No taken token sees the padding, which stands after them, and its weight of 0 leaves it as it was.
+        # Sorted as int: not every device sorts bool.
         picked = (~self.taken).int().argsort(dim=1, stable=True)[:, :k]  # (B, k)
         padding = torch.arange(k, device=r.device) >= count  # (B, k)
         return picked, r.gather(1, picked).masked_fill(padding, 0.0)
@@ -189,22 +192,25 @@ class RoutedBlock(Block):
         return self.rule[: r.size(1)].expand_as(r) if self.config.selection == "position" else r
 
     def causal_logits(self, x, r):
-        """Take or go around, for each token by itself (B, T)."""
+        """Take or go around: a number for each token, from its x_i alone (B, T)."""
         if self.config.selection != "learned":
             return self.rule[: r.size(1)].expand_as(r)
         if self.config.causal_method == "router":
-            return r
+            return r  # no stop-gradient: the auxiliary loss trains the router, and the trunk before it
         # The stop-gradient (§3.5): the predictor learns about the trunk and leaves the language model untouched.
         return self.predictor(x.detach()).squeeze(-1)
 
     def fixed_rule(self, layer):
-        """The controls' causal decision, which knows the position alone (block_size,), positive: take."""
+        """The controls' causal decision, which knows nothing but the position; positive: take (block_size,)."""
         n, c = self.config.block_size, self.config.capacity
         if self.config.selection == "stochastic":
             return c - torch.rand(n, generator=torch.Generator().manual_seed(layer))
         comb = [math.floor((i + 1) * c + 1e-9) - math.floor(i * c + 1e-9) for i in range(n)]
-        # Earlier positions score higher, so that top-k never meets a tie.
+        # The slope decides only where no tooth has come yet (T < 1 / capacity): top-k then picks the first token.
         return torch.tensor([tooth - (i + 1) / (n + 1) for i, tooth in enumerate(comb)])
+
+    def __getstate__(self):
+        return {**self.__dict__, "taken": None, "logits": None}  # what a pass left here is no part of a copy
 
 
 class GPT(nn.Module):
@@ -245,26 +251,30 @@ class GPT(nn.Module):
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())
 
+    def __getstate__(self):
+        return {**self.__dict__, "aux_loss": None}  # it belongs to the graph of a pass, which a copy does not have
+
     def forward(self, idx, targets=None, routing="topk"):
         """
         Logits of all positions (B, T, vocab_size) and the language-model loss (None without targets).
 
-        idx (B, T) holds token ids, T <= block_size; targets (B, T) the tokens that follow, -1: not counted.
+        idx (B, T) holds token ids, 1 <= T <= block_size; targets (B, T) the tokens that follow, -1: not counted in the
+        loss (such a position still competes for the capacity).
         routing="topk" is the one to train with; each routed block looks at the whole sequence to pick, so its loss is
         not that of a model that could be sampled from. routing="causal" never looks ahead. A top-k pass with targets
         also sets `aux_loss`, which trains the causal decisions: it is to be added to the loss that is
         differentiated, and is not part of the one returned.
         """
         B, T = idx.shape
-        if T > self.config.block_size:
-            raise ValueError(f"a sequence of {T} tokens does not fit into block_size {self.config.block_size}")
+        if not 1 <= T <= self.config.block_size:
+            raise ValueError(f"a sequence has 1 to block_size = {self.config.block_size} tokens, got {T}")
         if routing not in ("topk", "causal"):
             raise ValueError(f'routing must be "topk" or "causal", got {routing!r}')
         positions = torch.arange(T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, C)
         for block in self.transformer.h:
             x = block(x, routing)
-        logits = self.lm_head(self.transformer.ln_f(x))
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
         if targets is None:
             return logits, None
         if routing == "topk":
@@ -287,6 +297,11 @@ class GPT(nn.Module):
         keeps the top_k likeliest. When the window is full it restarts from its last block_size // 2 tokens; a window
         that slides by one token would shift every position, and with it all that was computed before.
         """
+        if idx.size(1) < 1 or temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(
+                "sampling needs a prompt of at least 1 token, temperature >= 0, top_k None or >= 1; "
+                f"got {idx.size(1)} tokens, temperature {temperature}, top_k {top_k}"
+            )
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         training = self.training
         self.eval()
@@ -294,7 +309,8 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if idx.size(1) - start > self.config.block_size:
                 start = idx.size(1) - max(1, self.config.block_size // 2)
-            logits, _ = self(idx[:, start:], routing="causal")
+            # .forward: a compiled model would be traced anew for each length.
+            logits, _ = self.forward(idx[:, start:], routing="causal")
             logits = logits[:, -1, :]  # (B, vocab_size)
             if temperature == 0:
                 token = logits.argmax(dim=-1, keepdim=True)
@@ -312,7 +328,8 @@ class GPT(nn.Module):
 def forward_flops(config, T, taken=None):
     """
     Exact FLOPs of one sequence's forward pass of T tokens, as PyTorch's FlopCounterMode counts them: matrix products
-    only, a multiply-add is two, attention as full T x T.
+    only, a multiply-add is two, attention as full T x T. (Count on the meta device, or on a CPU under
+    sdpa_kernel(SDPBackend.MATH): there the counter misses the fused attention.)
 
     taken=None is the top-k pass of training. For causal routing give the number of tokens that each routed block took,
     first block first (in a batch a block computes the largest count of its rows for each of them). By convention a

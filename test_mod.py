@@ -1,5 +1,7 @@
 """The invariants of the method, each test a sentence. In float64 wherever an equality is claimed."""
 
+import collections
+import copy
 import dataclasses
 import math
 
@@ -153,13 +155,15 @@ def test_a_routed_block_is_equation_1_gradients_included():
 
 
 @kinds
-def test_causal_routing_is_equation_1_over_exactly_the_tokens_taken(kind):
-    block, x = make(**kind).transformer.h[1], inputs(B=4)
-    out = block(x, "causal")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("routing", ["topk", "causal"])
+def test_a_pass_is_equation_1_over_exactly_the_tokens_taken_and_its_gate_is_the_router(kind, routing, bias):
+    block, x = make(bias=bias, **kind).transformer.h[1], inputs(B=4)
+    out = block(x, routing)
     chosen = [row.nonzero().flatten().tolist() for row in block.taken]
-    if kind["selection"] == "learned":
+    if kind["selection"] == "learned" and routing == "causal":
         assert len({len(picked) for picked in chosen}) > 1  # a ragged batch
-    p = dict(block.named_parameters())
+    p = collections.defaultdict(float, block.named_parameters())  # a bias that is not there is 0
     assert close(out, torch.stack([reference_equation_1(x[b], chosen[b], p, n_head=2) for b in range(4)]))
 
 
@@ -258,6 +262,17 @@ def test_the_position_control_is_one_comb_under_both_routings():
     for routing in ("topk", "causal"):
         block(inputs(), routing)
         assert block.taken.nonzero()[:, 1].tolist() == [7, 15, 23, 31] * 3
+    for percent in range(1, 101):
+        block = make(selection="position", capacity=percent / 100, block_size=100).transformer.h[1]
+        for T in (1, 7, 50, 100):
+            taken = {}
+            for routing in ("topk", "causal"):
+                block(inputs(B=1, T=T), routing)
+                taken[routing] = block.taken[0].nonzero().flatten().tolist()
+            if percent * T >= 100:
+                assert taken["topk"] == taken["causal"]
+            else:
+                assert taken == {"topk": [0], "causal": []}
 
 
 def test_the_stochastic_control_ignores_the_router_and_keeps_its_density():
@@ -271,6 +286,8 @@ def test_the_stochastic_control_ignores_the_router_and_keeps_its_density():
     assert 0.2 < chance < 0.3
     block(x, "causal")
     assert 0.22 < block.taken.double().mean() < 0.28
+    one, other = make(selection="stochastic").routed_blocks
+    assert not torch.equal(one.rule, other.rule)
 
 
 def test_the_block_computes_a_batch_at_once():
@@ -328,10 +345,24 @@ def test_the_gate_is_the_raw_router_weight_and_does_not_depend_on_other_tokens()
     assert close(block(x), x + (x @ block.router.weight[0]).unsqueeze(-1) * block.update(x))
 
 
-def test_routing_does_not_depend_on_training_or_evaluation_mode():
-    model = make()
-    for routing in ("topk", "causal"):
-        assert torch.equal(model.train()(tokens(), routing=routing)[0], model.eval()(tokens(), routing=routing)[0])
+@kinds
+@pytest.mark.parametrize("routing", ["topk", "causal"])
+def test_training_and_evaluation_mode_differ_in_dropout_alone(kind, routing):
+    def logits(model):
+        torch.manual_seed(0)  # the stochastic control's noise
+        return model(tokens(), routing=routing)[0]
+
+    model, dropped = make(**kind), make(dropout=0.5, **kind)
+    assert torch.equal(logits(model.train()), logits(model.eval()))
+    assert torch.equal(logits(model), logits(dropped.eval()))
+    assert not close(logits(model), logits(dropped.train()))
+
+
+@pytest.mark.parametrize("part", ["drop", "h.1.attn", "h.1.attn.resid_dropout", "h.1.mlp.dropout"])
+def test_dropout_acts_on_embeddings_attention_and_mlp(part):
+    model = make(dropout=0.5)
+    model.transformer.get_submodule(part).training = True  # this part alone
+    assert not close(model(tokens())[0], model.eval()(tokens())[0])
 
 
 # Losses and gradients
@@ -404,6 +435,30 @@ def test_with_the_router_as_causal_method_the_auxiliary_loss_reaches_the_router(
     model(tokens(), tokens(seed=9))
     model.aux_loss.backward()
     assert all(block.router.weight.grad.abs().max() > 0 for block in model.routed_blocks)
+    assert model.transformer.wte.weight.grad.abs().max() > 0  # there is no stop-gradient: the method's cost
+
+
+@kinds
+def test_a_training_pass_compiles_without_a_graph_break(kind):
+    results = []
+    for compiled in (False, True):
+        model = make(**kind)
+        if compiled:
+            torch.compiler.reset()
+            model.compile(backend="aot_eager", fullgraph=True)
+        torch.manual_seed(0)
+        _, loss = model(tokens(), tokens(seed=9))
+        (loss + model.aux_loss).backward()
+        results.append([loss.detach(), model.aux_loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(close(ours, theirs) for ours, theirs in zip(*results))
+
+
+def test_a_model_can_be_copied_after_a_training_pass():
+    model = make()
+    model(tokens(), tokens(seed=9))
+    twin = copy.deepcopy(model)
+    assert twin.aux_loss is None and twin.routed_blocks[0].taken is None
+    assert torch.equal(twin(tokens())[0], model(tokens())[0])
 
 
 @pytest.mark.parametrize("kind", [*KINDS, dict(route_every=0)])
@@ -440,7 +495,7 @@ SHAPES = [
     dict(causal_method="router", capacity=0.01),
     dict(selection="stochastic"),
     dict(selection="position", capacity=1.0),
-    dict(bias=False, n_layer=1),
+    dict(bias=False, n_layer=2),
 ]
 
 
@@ -489,22 +544,17 @@ def test_generate_is_a_causal_pass_per_token(kind):
         assert not torch.equal(model.generate(prompt, 27, seed=1), by_hand(model, prompt, 27, "topk"))
 
 
-def test_a_full_window_restarts_from_its_last_half():
-    model, row = make(block_size=8), tokens(B=1, T=3)[0].tolist()
-    window = list(row)
-    for _ in range(30):
-        if len(window) > 8:
-            window = window[-4:]
-        token = model(torch.tensor([window]), routing="causal")[0][0, -1].argmax().item()
-        window.append(token)
-        row.append(token)
-    assert model.generate(tokens(B=1, T=3), 30, temperature=0)[0].tolist() == row
-
-
-def test_a_prompt_longer_than_the_context_uses_its_last_half_window():
-    model, prompt = make(block_size=8), tokens(B=2, T=20)
-    expected = model(prompt[:, -4:], routing="causal")[0][:, -1].argmax(dim=-1)
-    assert torch.equal(model.generate(prompt, 1, temperature=0)[:, -1], expected)
+@pytest.mark.parametrize(
+    ("T", "lengths"),
+    [(3, [3, 4, 5, 6, 7, 8, 4, 5, 6, 7, 8, 4]), (20, [4, 5, 6, 7, 8, 4]), (8, [8, 4, 5]), (9, [4, 5])],
+)
+def test_a_full_window_restarts_from_its_last_half(T, lengths):
+    model, seen = make(block_size=8), []
+    model.transformer.wte.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    idx = model.generate(tokens(T=T), len(lengths), seed=1)
+    assert [window.size(1) for window in seen] == lengths
+    for i, window in enumerate(seen):
+        assert torch.equal(window, idx[:, : T + i][:, -lengths[i] :])  # the last tokens so far, in order
 
 
 def test_sampling_follows_seed_temperature_and_top_k():
@@ -522,11 +572,11 @@ def test_sampling_follows_seed_temperature_and_top_k():
     assert close(drawn, best.values / best.values.sum(), 0.05)
 
 
-def test_generate_leaves_the_training_mode_and_samples_without_dropout():
+def test_generate_leaves_the_training_mode_and_samples_without_dropout_or_gradient():
     model = make(dropout=0.5).train()
-    first = model.generate(tokens(B=1, T=5), 10, temperature=0)
-    assert model.training
-    assert torch.equal(first, model.generate(tokens(B=1, T=5), 10, temperature=0))
+    text = model.generate(tokens(B=8, T=5), 10, seed=1)
+    assert model.training and not model.routed_blocks[0].logits.requires_grad
+    assert torch.equal(text, make().generate(tokens(B=8, T=5), 10, seed=1))
 
 
 # Mistakes
@@ -556,7 +606,11 @@ def test_a_call_that_cannot_work_is_told_in_one_line():
     model = make()
     with pytest.raises(ValueError, match='routing must be "topk" or "causal", got \'sample\''):
         model(tokens(), routing="sample")
-    with pytest.raises(ValueError, match="33 tokens does not fit into block_size 32"):
-        model(tokens(T=33))
+    for T in (0, 33):
+        with pytest.raises(ValueError, match=f"a sequence has 1 to block_size = 32 tokens, got {T}"):
+            model(tokens(T=T))
+    for wrong in (dict(temperature=-1), dict(top_k=0), dict(idx=tokens(T=0))):
+        with pytest.raises(ValueError, match="a prompt of at least 1 token, temperature >= 0, top_k None or >= 1"):
+            model.generate(**{"idx": tokens(), "max_new_tokens": 1, **wrong})
     with pytest.raises(ValueError, match="one number per routed block: 2, got 1"):
         forward_flops(model.config, 32, [4])
