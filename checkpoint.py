@@ -22,9 +22,8 @@ FORMAT = 1
 def save(out_dir, name, model, **info):
     """Write NAME.pt and NAME.json into `out_dir`; `info` goes into the JSON."""
     weights = out_dir / f"{name}.pt"
-    write_whole(weights, lambda file: torch.save(model.state_dict(), file))
-    info = {"format": FORMAT, "sha256": _sha256(weights), "model": asdict(model.config), **info}
-    write_json(out_dir / f"{name}.json", info)
+    sha256 = write_whole(weights, lambda file: torch.save(model.state_dict(), file))
+    write_json(out_dir / f"{name}.json", {"format": FORMAT, "sha256": sha256, "model": asdict(model.config), **info})
 
 
 def load(out_dir, name, device):
@@ -38,12 +37,16 @@ def load(out_dir, name, device):
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         expected, model_config = info["sha256"], info["model"]
+        if len(info["data"]["vocab"]) > model_config["vocab_size"]:
+            raise ValueError
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{path} is damaged: it is not the JSON of a checkpoint; train again or use another") from None
     if info.get("format") != FORMAT:
         raise UserError(f"{path} has format {info.get('format')!r}, this version of the code reads {FORMAT}")
     if _sha256(weights) != expected:
-        raise UserError(f"{weights} is damaged: its SHA-256 is not the one in {path.name}; train again or use another")
+        raise UserError(
+            f"{weights} is damaged: its SHA-256 is not the one in {path.name} (or a run is just writing it)"
+        )
     try:
         model = GPT(GPTConfig(**model_config))
         model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
@@ -59,13 +62,22 @@ def write_json(path, content):
 
 
 def write_whole(path, write):
-    """Write a file through a temporary name beside it, so that `path` is at any time the old file or the new one."""
+    """
+    Write a file through a temporary name beside it, so that `path` is at any time the old file or the new one, whole.
+
+    Returns its SHA-256.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        sha256 = _sha256(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return sha256
 
 
 def _sha256(path):

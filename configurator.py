@@ -39,7 +39,8 @@ def load(options_class, argv, description, preset=False):
         choices = field.metadata["choices"]
         kind = "{" + ",".join(choices) + "}" if choices else field.type.__name__.upper()
         text = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
-        parser.add_argument(f"--{field.name}", metavar=kind, default=argparse.SUPPRESS, help=text)
+        flag = {"nargs": "?", "const": "True"} if field.type is bool else {}  # --bias is short for --bias=True
+        parser.add_argument(f"--{field.name}", metavar=kind, default=argparse.SUPPRESS, help=text, **flag)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(_unknown_argument(unknown[0], fields))
@@ -47,12 +48,12 @@ def load(options_class, argv, description, preset=False):
     path = given.pop("preset", None)
     given = {name: _convert(fields[name], value, f"--{name}") for name, value in given.items()}
 
-    in_preset, in_cpu_part = _read_preset(path, fields) if path else ({}, {})
+    in_preset, in_cpu_part = _read_preset(path, fields) if path is not None else ({}, {})
     values = {**in_preset, **given}
     if in_cpu_part and pick_device(values.get("device", "auto")) == "cpu":
         values = {**in_preset, **in_cpu_part, **given}
         dialled = ", ".join(f"{name}={_short(values[name])}" for name in in_cpu_part)
-        print(f"No GPU: {path} dials itself down to {dialled}")
+        print(f"On a CPU {path} dials itself down to {dialled}")
     return options_class(**values)
 
 
@@ -61,9 +62,9 @@ def pick_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:100]
         raise UserError(f"device {name!r} cannot be used here ({reason}); --device=auto takes what is there") from None
     return name
 
@@ -75,7 +76,7 @@ def _read_preset(path, fields):
         raise UserError(f"no preset file {path}{_nearest(path, known)}")
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path} is not a valid preset: {type(error).__name__}: {error}") from None
     names = {name: value for name, value in names.items() if not name.startswith("__")}
     cpu = names.pop("cpu", {})
@@ -95,11 +96,12 @@ def _convert(field, value, where):
     """`value`, a text from the command line or a value from a preset, as the field's type."""
     choices = field.metadata["choices"]
     if choices:
-        if str(value) not in choices:
+        matches = [choice for choice in choices if choice.lower() == str(value).lower()]
+        if not matches:
             hint = _nearest(value, choices)
             raise UserError(f"{where} must be one of {', '.join(choices)}; got {str(value)!r}{hint}")
-        return str(value)
-    expected = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[field.type]
+        return matches[0]
+    expected = {bool: "True or False", int: "a whole number in digits", float: "a number", str: "a text"}[field.type]
     try:
         if field.type is bool:
             return {"true": True, "false": False}[str(value).lower()]
@@ -108,7 +110,7 @@ def _convert(field, value, where):
         if isinstance(value, bool) or not isinstance(value, (int, float) if field.type is float else field.type):
             raise ValueError
         return field.type(value)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"{where} expects {expected}, got {value!r}") from None
 
 

@@ -32,9 +32,14 @@ def main(argv=None):
     parser.add_argument("--x", choices=AXES, default="flops", help="the horizontal axis (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("losses.png"), help="the picture (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.out.suffix not in (".png", ".pdf", ".svg"):
+        sys.exit(f"plot.py: --out is a .png, .pdf or .svg file, got {args.out}")
     groups = group_by_setting([read_run(path) for path in args.runs])
     print(table(groups))
-    draw(groups, args.x, args.out)
+    try:
+        draw(groups, args.x, args.out)
+    except (OSError, ValueError) as error:
+        sys.exit(f"plot.py: cannot write the picture {args.out}: {error}")
     print(f"\nPicture: {args.out}")
 
 
@@ -42,18 +47,22 @@ def read_run(path):
     try:
         facts = json.loads((path / "config.json").read_text(encoding="utf-8"))
         rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        rows[-1]["val_loss_causal"], facts["config"]["seed"]
+        facts["config"]["seed"], facts["parameters"], facts["data"]["text_sha256"]
+        [(row["val_loss_causal"], row["val_loss_topk"], row["flops"]) for row in (rows[0], rows[-1])]
     except (OSError, ValueError, LookupError, TypeError):
         sys.exit(f"plot.py: {path} is not the out_dir of a run: no config.json and metrics.jsonl of train.py there")
     return {"name": path.name, "facts": facts, "config": facts["config"], "rows": rows}
 
 
 def group_by_setting(runs):
-    """Lists of runs that differ in nothing but seed and folder, by a name for each list."""
+    """Lists of runs that differ in nothing but seed and folders, by a name for each list."""
     by_setting = {}
     for run in runs:
-        setting = {name: value for name, value in run["config"].items() if name not in ("seed", "out_dir")}
-        by_setting.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
+        setting = {name: value for name, value in run["config"].items() if name not in ("seed", "out_dir", "dataset")}
+        key = json.dumps([setting, run["facts"]["data"]["text_sha256"]], sort_keys=True)
+        while any(run["config"]["seed"] == other["config"]["seed"] for other in by_setting.get(key, [])):
+            key += " again"  # the same seed twice is no second measurement
+        by_setting.setdefault(key, []).append(run)
     return {name_of(group): group for group in by_setting.values()}
 
 
@@ -61,7 +70,7 @@ def name_of(group):
     if len(group) == 1:
         return group[0]["name"]
     config = group[0]["config"]
-    kind = "MoD" if config["route_every"] else "dense"
+    kind = "MoD" if "taken" in group[0]["rows"][-1] else "dense"
     return f"{kind} {config['n_layer']} x {config['n_embd']}, {len(group)} seeds: {group[0]['name']}, ..."
 
 
@@ -77,7 +86,7 @@ def table(groups):
             f"{last[0]['step']:,}",
             f"{last[0]['flops']:.4g}",
             spread([row["val_loss_causal"] for row in last]),
-            spread([row["val_loss_topk"] for row in last]) if group[0]["config"]["route_every"] else "same",
+            spread([row["val_loss_topk"] for row in last]) if "taken" in last[0] else "same",
             spread(best),
             f"{statistics.median(row['train_seconds'] for row in last) / 60:.1f}",
         ]

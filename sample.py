@@ -20,7 +20,7 @@ from configurator import UserError, load, option, pick_device
 @dataclass
 class SampleConfig:
     out_dir: str = option("out-shakespeare-mod", "folder of the run; its best checkpoint is used")
-    start: str = option("\n", "the text to continue, or FILE:path of a file that holds it")
+    start: str = option("", "the text to continue, or FILE:path of a file that holds it; empty: a new line")
     num_samples: int = option(1, "how many continuations")
     max_new_tokens: int = option(500, "length of each continuation in tokens")
     temperature: float = option(0.8, "below 1 safer, above 1 wilder; 0: always the likeliest token")
@@ -30,6 +30,8 @@ class SampleConfig:
 
 
 def main(argv=None):
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a Windows console may not know every character
     try:
         for text in sample(load(SampleConfig, argv, __doc__.split(",")[0])):
             print(text, "-" * 80, sep="\n")
@@ -40,12 +42,12 @@ def main(argv=None):
 def sample(config):
     """The texts, prompt included, as a list of num_samples strings."""
     for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        if not least <= getattr(config, name) < float("inf"):
-            raise UserError(f"{name} must be at least {least}, got {getattr(config, name)}")
+        if not least <= getattr(config, name) < 2**63:
+            raise UserError(f"{name} must be a finite number, at least {least}; got {getattr(config, name)}")
     device = pick_device(config.device)
     model, info = checkpoint.load(Path(config.out_dir), "best", device)
     vocab = info["data"]["vocab"]
-    prompt = encode(read_prompt(config.start), vocab)
+    prompt = encode(read_prompt(config.start) or ("\n" if "\n" in vocab else vocab[0]), vocab)
     idx = torch.tensor([prompt] * config.num_samples, device=device)
     idx = model.generate(idx, config.max_new_tokens, config.temperature, config.top_k or None, config.seed)
     return ["".join(vocab[token] for token in row) for row in idx.tolist()]
@@ -68,8 +70,6 @@ def encode(text, vocab):
     unknown = sorted(set(text) - set(ids))
     if unknown:
         raise UserError(f"the model does not know {unknown} in the prompt; it knows {''.join(vocab)!r}")
-    if not text:
-        raise UserError("the prompt is empty; give at least one character by --start")
     return [ids[character] for character in text]
 
 

