@@ -8,6 +8,7 @@ Runs that differ in nothing but the seed share a colour, and the table gives the
 """
 
 import argparse
+import glob
 import json
 import statistics
 import sys
@@ -28,13 +29,15 @@ AXES = {
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Validation losses of several runs, in one picture and one table.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="out_dir of a run of train.py")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="out_dir of a run of train.py")
     parser.add_argument("--x", choices=AXES, default="flops", help="the horizontal axis (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("losses.png"), help="the picture (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.out.suffix not in (".png", ".pdf", ".svg"):
         sys.exit(f"plot.py: --out is a .png, .pdf or .svg file, got {args.out}")
-    groups = group_by_setting([read_run(path) for path in args.runs])
+    # Patterns are expanded here too: the shells of Windows leave that to the command.
+    paths = [path for pattern in args.runs for path in (sorted(glob.glob(pattern)) or [pattern])]
+    groups = group_by_setting([read_run(Path(path)) for path in paths])
     print(table(groups))
     try:
         draw(groups, args.x, args.out)

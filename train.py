@@ -87,7 +87,7 @@ def train(config):
     Train as `config` (a TrainConfig) says; write checkpoints, metrics.jsonl and config.json to its out_dir.
 
     Returns the rows of metrics.jsonl: one dict per evaluation, losses in nats per token. Raises UserError for options
-    or data that cannot work, before any time is spent.
+    or data that cannot work, before any time is spent, and for a run that diverges.
     """
     # What the run is: options, data, model. All that can be wrong with them shows here.
     config = resolve(config)
@@ -96,9 +96,10 @@ def train(config):
     meta, data = load_dataset(config)
     torch.manual_seed(config.seed)
     model = GPT(model_config(config, meta)).to(config.device)
-    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    sequences_per_step = config.gradient_accumulation_steps * config.batch_size
+    tokens_per_step = sequences_per_step * config.block_size
     # The convention of the field: a backward pass costs twice its forward pass. Evaluation is not counted.
-    step_flops = 3 * forward_flops(model.config, config.block_size) * tokens_per_step // config.block_size
+    step_flops = 3 * sequences_per_step * forward_flops(model.config, config.block_size)
     config = dataclasses.replace(config, max_iters=number_of_steps(config, step_flops))
     optimizer = configure_optimizer(model, config)
     predictor = [p for name, p in model.named_parameters() if ".predictor." in name]
@@ -124,9 +125,7 @@ def train(config):
     bar = tqdm(total=config.max_iters, disable=None, unit="step", dynamic_ncols=True)
     for step in range(config.max_iters + 1):
         if step % config.eval_interval == 0 or step == config.max_iters:
-            means = mean_since(
-                rows, step, loss_sum, aux_sum
-            )  # before the clock is read: on a GPU it waits for the steps
+            means = mean_since(rows, step, loss_sum, aux_sum)  # first: on a GPU this waits until the steps are done
             train_seconds += time.perf_counter() - clock
             row = {"step": step, "tokens": step * tokens_per_step, "flops": step * step_flops}
             row |= {"train_seconds": round(train_seconds, 3), **means}
@@ -184,11 +183,12 @@ def train(config):
 
 def resolve(config):
     """`config` with "auto" replaced by what it means on this machine, its numbers checked."""
-    at_least = {1: ("eval_interval", "eval_iters", "log_interval", "batch_size", "gradient_accumulation_steps")}
-    at_least[0] = ("vocab_size", "max_iters", "flop_budget", "warmup_iters", "learning_rate", "min_lr", "weight_decay")
-    at_least[0] += ("grad_clip", "aux_weight", "seed")
-    for least, names in at_least.items():
-        for name in names:
+    positive = "eval_interval eval_iters log_interval batch_size gradient_accumulation_steps"
+    not_negative = (
+        "vocab_size max_iters flop_budget warmup_iters learning_rate min_lr weight_decay grad_clip aux_weight seed"
+    )
+    for least, names in ((1, positive), (0, not_negative)):
+        for name in names.split():
             if not least <= getattr(config, name) < 2**63:
                 raise UserError(f"{name} must be a finite number, at least {least}; got {getattr(config, name)}")
     for name in ("beta1", "beta2"):
@@ -240,9 +240,7 @@ def load_dataset(config):
         folder = Path(config.dataset)
     if not (folder / "meta.json").is_file():
         if not (folder / "prepare.py").is_file():
-            known = ", ".join(
-                sorted({path.parent.name for name in ("prepare.py", "meta.json") for path in DATA.glob(f"*/{name}")})
-            )
+            known = ", ".join(sorted(path.name for path in DATA.iterdir() if path.is_dir()))
             raise UserError(
                 f"no data set {config.dataset!r}; there is {known}. For a text of your own: "
                 "python data/shakespeare_char/prepare.py --input FILE --out data/NAME"
@@ -341,7 +339,7 @@ def evaluate(model, tokens, config):
     val_loss_causal is that of a model that can be sampled from: the one to compare with a dense model's.
     val_loss_topk lets the routed blocks look at the whole window. The predictor is judged within the top-k pass: how
     often it agrees with top-k, beside the accuracy of the better constant guess (base rate) and its recall.
-    taken: the share of tokens that each routed block processed in the causal pass.
+    taken: the share of tokens that each routed block processed in the causal pass. The controls have no predictor.
     """
     config = resolve(config)
     T = model.config.block_size
@@ -376,10 +374,13 @@ def evaluate(model, tokens, config):
         share = member / decisions
         result |= {
             "val_loss_causal": causal_sum / n_windows,
+            "taken": [round(share, 5) for share in (taken_sum / n_windows).tolist()],
+        }
+    if routed and model.config.selection == "learned":
+        result |= {
             "predictor_accuracy": agree / decisions,
             "predictor_base_rate": max(share, 1 - share),
             "predictor_recall": hit / member,
-            "taken": [round(share, 5) for share in (taken_sum / n_windows).tolist()],
         }
     return result
 
@@ -415,10 +416,12 @@ def report(row, max_iters):
     line = f"step {row['step']:>{len(f'{max_iters:,}')},}/{max_iters:,}  val loss {row['val_loss_causal']:.4f}"
     if "taken" not in row:
         return line
-    taken = " ".join(f"{share:.1%}" for share in row["taken"])
+    line += f" causal, {row['val_loss_topk']:.4f} top-k  taken {' '.join(f'{share:.1%}' for share in row['taken'])}"
+    if "predictor_accuracy" not in row:
+        return line
     return (
-        f"{line} causal, {row['val_loss_topk']:.4f} top-k  predictor {row['predictor_accuracy']:.1%} right "
-        f"(base rate {row['predictor_base_rate']:.1%}, recall {row['predictor_recall']:.1%})  taken {taken}"
+        f"{line}  predictor {row['predictor_accuracy']:.1%} right "
+        f"(base rate {row['predictor_base_rate']:.1%}, recall {row['predictor_recall']:.1%})"
     )
 
 
