@@ -66,7 +66,7 @@ class TrainConfig:
     beta1: float = option(0.9, "AdamW's decay rate of the mean gradient")
     beta2: float = option(0.99, "AdamW's decay rate of the mean squared gradient")
     grad_clip: float = option(1.0, "clip the norm of the gradient at this; 0: do not")
-    aux_weight: float = option(1.0, "weight of the auxiliary loss, which trains the causal decisions")
+    aux_weight: float = option(0.1, "weight of the auxiliary loss, which trains the causal decisions")
     seed: int = option(1337, "of weights, batches and dropout")
     # the machine
     device: str = option("auto", "auto (the best there is), cpu, cuda, cuda:1, mps, ...")
