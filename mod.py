@@ -4,8 +4,8 @@ Mixture-of-Depths (MoD): a GPT in which every other block processes only the tok
 Raposo, Ritter, Richards, Lillicrap, Humphreys, Santoro, "Mixture-of-Depths: Dynamically allocating compute in
 transformer-based language models", arXiv:2404.02258. A comment that names a section (§) means that paper.
 
-Read from top to bottom: config, attention, MLP, block (all as in GPT-2), then the routed block, which is the paper,
-then the GPT, its FLOP count and `generate`. The letters, everywhere: B batch, T time (tokens of a sequence),
+Read from top to bottom: the config; attention, MLP and block, as in GPT-2; the routed block, which is the paper; the
+FLOP count; the GPT and, at its end, `generate`. The letters, everywhere: B batch, T time (tokens of a sequence),
 C channels (n_embd), nh heads, hs head size, k capacity in tokens (the tokens that a routed block processes).
 """
 
@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+SELECTIONS = ("learned", "stochastic", "position")
+CAUSAL_METHODS = ("predictor", "router")
 
 
 @dataclass
@@ -48,10 +51,7 @@ class GPTConfig:
             raise ValueError(f"route_every is 0 (no block is routed), 1 (every block), 2, ...; got {self.route_every}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout:g}")
-        for name, known in (
-            ("selection", ("learned", "stochastic", "position")),
-            ("causal_method", ("predictor", "router")),
-        ):
+        for name, known in (("selection", SELECTIONS), ("causal_method", CAUSAL_METHODS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
 
@@ -116,17 +116,18 @@ class RoutedBlock(Block):
         x_i' = r_i * f_i(X~) + x_i   if token i is picked        r_i = w . x_i, a raw number (§3.4)
         x_i' = x_i                   otherwise                   X~  = the picked tokens, alone
 
-    The block does the picking (expert choice, §3.2): per sequence it takes the k tokens of the largest r. That looks at
-    the future: whether a token is among the top k depends on the tokens after it. Training may do so, sampling cannot.
-    `routing="causal"` therefore takes the tokens whose `logits` are positive, sigmoid(logit) > 0.5 (§3.5). They are
-    trained to say whether top-k picks token i, and are a function of x_i alone: of the token and what came before it,
-    which earlier blocks have put into x_i, never of what comes after.
+    r_i, the router weight, is both what top-k ranks and the gate on the update. The block does the picking (expert
+    choice, §3.2): per sequence it takes the k tokens of the largest r. That looks at the future: whether a token is
+    among the top k depends on the tokens after it. Training may do so, sampling cannot. `routing="causal"` therefore
+    takes the tokens whose `logits` are positive, sigmoid(logit) > 0.5 (§3.5). They are trained to say whether top-k
+    picks token i, and are a function of x_i alone: of the token and what came before it, which earlier blocks have
+    put into x_i, never of what comes after.
 
     After a forward pass the block holds what it decided, for whoever wants to look:
         taken   (B, T) bool   the tokens that it processed
         logits  (B, T)        the causal decision, positive: take
 
-    The controls pick by other things than the router's weights. The gate stays r, and no decision is trained:
+    The controls rank by something else than r (`scores`). The gate stays r, and no decision is trained:
         stochastic   top-k of Gaussian noise, new at each pass; causal: a token enters with probability `capacity`,
                      drawn once per block and position for all rows, so that it does not change as the text grows
         position     a fixed comb of the capacity's density, top-k and causal alike; 12.5 %: tokens 7, 15, 23, ...
@@ -213,6 +214,34 @@ class RoutedBlock(Block):
         return {**self.__dict__, "taken": None, "logits": None}  # what a pass left here is no part of a copy
 
 
+def forward_flops(config, T, taken=None):
+    """
+    Exact FLOPs of one sequence's forward pass of T tokens, as PyTorch's FlopCounterMode counts them: matrix products
+    only, a multiply-add is two, attention as full T x T. (Count on the meta device, or on a CPU under
+    sdpa_kernel(SDPBackend.MATH): there the counter misses the fused attention.)
+
+    taken=None is the top-k pass of training. For causal routing give the number of tokens that each routed block took,
+    first block first (in a batch a block computes the largest count of its rows for each of them). By convention a
+    training step costs 3 times the forward pass: the backward pass has two products for each one.
+    """
+    C, h = config.n_embd, config.predictor_hidden
+
+    def block(n):
+        return 24 * n * C * C + 4 * n * n * C  # projections of attention and MLP: 12 C^2 weights; q k^T and its use
+
+    routed = sum(config.is_routed(layer) for layer in range(config.n_layer))
+    if taken is None:
+        taken = [config.capacity_in_tokens(T)] * routed
+    if len(taken) != routed:
+        raise ValueError(f"taken needs one number per routed block: {routed}, got {len(taken)}")
+    decision = 2 * T * C  # the router; the gate needs it under every selection
+    if config.selection == "learned" and config.causal_method == "predictor":
+        decision += 2 * T * (C * h + h)
+    dense_blocks = (config.n_layer - routed) * block(T)
+    routed_blocks = sum(block(n) + decision for n in taken)
+    return dense_blocks + routed_blocks + 2 * T * C * config.vocab_size  # the last term is the head
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -294,8 +323,9 @@ class GPT(nn.Module):
         Continue idx (B, T) by max_new_tokens tokens, sampled with causal routing; returns (B, T + max_new_tokens).
 
         The plain definition of sampling: one whole pass per new token. temperature 0 takes the likeliest token; top_k
-        keeps the top_k likeliest. When the window is full it restarts from its last block_size // 2 tokens; a window
-        that slides by one token would shift every position, and with it all that was computed before.
+        keeps the top_k likeliest of the vocabulary (nothing to do with routing). When the window is full it restarts
+        from its last block_size // 2 tokens; a window that slides by one token would shift every position, and with it
+        all that was computed before.
         """
         if idx.size(1) < 1 or temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(
@@ -323,31 +353,3 @@ class GPT(nn.Module):
             idx = torch.cat((idx, token), dim=1)
         self.train(training)
         return idx
-
-
-def forward_flops(config, T, taken=None):
-    """
-    Exact FLOPs of one sequence's forward pass of T tokens, as PyTorch's FlopCounterMode counts them: matrix products
-    only, a multiply-add is two, attention as full T x T. (Count on the meta device, or on a CPU under
-    sdpa_kernel(SDPBackend.MATH): there the counter misses the fused attention.)
-
-    taken=None is the top-k pass of training. For causal routing give the number of tokens that each routed block took,
-    first block first (in a batch a block computes the largest count of its rows for each of them). By convention a
-    training step costs 3 times the forward pass: the backward pass has two products for each one.
-    """
-    C, h = config.n_embd, config.predictor_hidden
-
-    def block(n):
-        return 24 * n * C * C + 4 * n * n * C  # projections of attention and MLP: 12 C^2 weights; q k^T and its use
-
-    routed = sum(config.is_routed(layer) for layer in range(config.n_layer))
-    if taken is None:
-        taken = [config.capacity_in_tokens(T)] * routed
-    if len(taken) != routed:
-        raise ValueError(f"taken needs one number per routed block: {routed}, got {len(taken)}")
-    decision = 2 * T * C  # the router; the gate needs it under every selection
-    if config.selection == "learned" and config.causal_method == "predictor":
-        decision += 2 * T * (C * h + h)
-    dense_blocks = (config.n_layer - routed) * block(T)
-    routed_blocks = sum(block(n) + decision for n in taken)
-    return dense_blocks + routed_blocks + 2 * T * C * config.vocab_size  # the last term is the head

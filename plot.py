@@ -37,7 +37,7 @@ def main(argv=None):
         sys.exit(f"plot.py: --out is a .png, .pdf or .svg file, got {args.out}")
     # Patterns are expanded here too: the shells of Windows leave that to the command.
     paths = [path for pattern in args.runs for path in (sorted(glob.glob(pattern)) or [pattern])]
-    groups = group_by_setting([read_run(Path(path)) for path in paths])
+    groups = group_by_setting([read_run(path) for path in paths])
     print(table(groups))
     try:
         draw(groups, args.x, args.out)
@@ -46,7 +46,8 @@ def main(argv=None):
     print(f"\nPicture: {args.out}")
 
 
-def read_run(path):
+def read_run(name):
+    path = Path(name)
     try:
         facts = json.loads((path / "config.json").read_text(encoding="utf-8"))
         rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -54,19 +55,22 @@ def read_run(path):
         [(row["val_loss_causal"], row["val_loss_topk"], row["flops"]) for row in (rows[0], rows[-1])]
     except (OSError, ValueError, LookupError, TypeError):
         sys.exit(f"plot.py: {path} is not the out_dir of a run: no config.json and metrics.jsonl of train.py there")
-    return {"name": path.name, "facts": facts, "config": facts["config"], "rows": rows}
+    return {"name": str(name), "facts": facts, "config": facts["config"], "rows": rows}
 
 
 def group_by_setting(runs):
-    """Lists of runs that differ in nothing but seed and folders, by a name for each list."""
+    """Lists of runs that differ in nothing but seed and folders, each with a name: pairs (name, runs)."""
     by_setting = {}
     for run in runs:
-        setting = {name: value for name, value in run["config"].items() if name not in ("seed", "out_dir", "dataset")}
+        not_in_key = {"seed", "out_dir", "dataset"}
+        if not run["config"]["route_every"]:  # these do nothing in a dense model
+            not_in_key |= {"capacity", "selection", "causal_method", "predictor_hidden", "aux_weight"}
+        setting = {name: value for name, value in run["config"].items() if name not in not_in_key}
         key = json.dumps([setting, run["facts"]["data"]["text_sha256"]], sort_keys=True)
         while any(run["config"]["seed"] == other["config"]["seed"] for other in by_setting.get(key, [])):
             key += " again"  # the same seed twice is no second measurement
         by_setting.setdefault(key, []).append(run)
-    return {name_of(group): group for group in by_setting.values()}
+    return [(name_of(group), group) for group in by_setting.values()]
 
 
 def name_of(group):
@@ -74,13 +78,13 @@ def name_of(group):
         return group[0]["name"]
     config = group[0]["config"]
     kind = "MoD" if "taken" in group[0]["rows"][-1] else "dense"
-    return f"{kind} {config['n_layer']} x {config['n_embd']}, {len(group)} seeds: {group[0]['name']}, ..."
+    return f"{kind} {config['n_layer']} x {config['n_embd']}, {len(group)} seeds: {Path(group[0]['name']).name}, ..."
 
 
 def table(groups):
     lines = ["| run | parameters | steps | training FLOPs | causal loss | top-k loss | best causal | minutes |"]
     lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
-    for name, group in groups.items():
+    for name, group in groups:
         last = [run["rows"][-1] for run in group]
         best = [min(row["val_loss_causal"] for row in run["rows"]) for run in group]
         cells = [
@@ -105,7 +109,7 @@ def spread(values):
 def draw(groups, x, path):
     key, label = AXES[x]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for i, (name, group) in enumerate(groups.items()):
+    for i, (name, group) in enumerate(groups):
         for run in group:
             first = run is group[0]
             xs = [row[key] for row in run["rows"]]
@@ -116,9 +120,9 @@ def draw(groups, x, path):
                 linestyle=("-", "--", "-.", ":")[i % 4],  # so that the curves stay apart in greyscale too
                 label=name if first else None,
             )
-    low = min(row["val_loss_causal"] for group in groups.values() for run in group for row in run["rows"])
-    first_losses = [run["rows"][min(1, len(run["rows"]) - 1)]["val_loss_causal"] for g in groups.values() for run in g]
-    axes.set_ylim(low - 0.05, max(first_losses) + 0.05)  # the loss before the first step would flatten all the rest
+    curves = [[row["val_loss_causal"] for row in run["rows"]] for _, group in groups for run in group]
+    # From the second evaluation on: the loss before the first step would flatten all the rest.
+    axes.set_ylim(min(map(min, curves)) - 0.05, max(curve[:2][-1] for curve in curves) + 0.05)
     axes.set_xlabel(label)
     axes.set_ylabel("validation loss, causal (nats per token)")
     axes.grid(alpha=0.3)

@@ -24,7 +24,7 @@ class SampleConfig:
     num_samples: int = option(1, "how many continuations")
     max_new_tokens: int = option(500, "length of each continuation in tokens")
     temperature: float = option(0.8, "below 1 safer, above 1 wilder; 0: always the likeliest token")
-    top_k: int = option(0, "sample among the top_k likeliest tokens only; 0: among all")
+    top_k: int = option(0, "sample among the top_k likeliest characters only; 0: all. Nothing to do with routing")
     seed: int = option(1337, "the same seed gives the same text")
     device: str = option("auto", "auto (the best there is), cpu, cuda, mps, ...")
 

@@ -245,7 +245,9 @@ def test_eval_only_gives_the_best_checkpoints_loss_and_changes_no_file(tiny, tmp
     assert {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()} == before
     (tmp_path / "text").write_text("0123456789" * 50)
     prepare.main(["--input", str(tmp_path / "text"), "--out", str(tmp_path / "other")])
-    with pytest.raises(UserError, match="was trained with another vocabulary"):
+    with pytest.raises(
+        UserError, match="was trained on 'text.txt', .* holds 'text'; name the run's data set by --dataset"
+    ):
         train.train(dataclasses.replace(tiny, eval_only=True, dataset=str(tmp_path / "other")))
 
 
@@ -266,6 +268,10 @@ def test_what_is_not_a_run_is_never_moved_or_overwritten(tiny):
     with pytest.raises(UserError, match="holds a config.json that is not from a whole run"):
         train.train(tiny)
     (out_dir / "config.json").rename(out_dir / "notes.txt")
+    with pytest.MonkeyPatch.context() as patch:  # a run that ends before its first evaluation is a run, too
+        patch.setattr(train, "evaluate", None)
+        with pytest.raises(TypeError):
+            train.train(tiny)
     train.train(dataclasses.replace(tiny, out_dir=str(out_dir / "inner")))
     train.train(tiny)
     train.train(tiny)
@@ -516,12 +522,23 @@ def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_pat
     train.train(dataclasses.replace(tiny, seed=1, out_dir=str(tmp_path / "mod-1-again")))
     capsys.readouterr()
     runs = [str(tmp_path / name) for name in ("mod-1", "mod-2", "dense", "mod-1-again")]
+    train.train(dataclasses.replace(tiny, seed=2, out_dir=str(tmp_path / "again" / "mod-2")))
+    train.train(dataclasses.replace(tiny, seed=3, route_every=0, aux_weight=1.0, out_dir=str(tmp_path / "dense-3")))
+    groups = plot.group_by_setting(
+        [plot.read_run(run) for run in [*runs, tmp_path / "again/mod-2", tmp_path / "dense-3"]]
+    )
+    assert [len(group) for _, group in groups] == [
+        2,
+        2,
+        2,
+    ]  # no group swallows another; a dense model has no aux_weight
+    capsys.readouterr()
     for x in plot.AXES:
         plot.main([*runs, "--x", x, "--out", str(tmp_path / "losses.png")])
     out = capsys.readouterr().out
     assert f"| {np.mean(losses):.3f} ± {np.std(losses, ddof=1):.3f} |" in out
-    assert "MoD 2 x 16, 2 seeds: mod-1, ..." in out and "| dense |" in out
-    assert "| mod-1-again |" in out  # the same seed again is no second measurement
+    assert "MoD 2 x 16, 2 seeds: mod-1, ..." in out and f"| {runs[2]} |" in out
+    assert f"| {runs[3]} |" in out  # the same seed again is no second measurement
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -735,7 +752,7 @@ def test_the_readmes_equation_table_quotes_lines_and_tests_that_exist():
 
 
 def test_the_readmes_results_are_those_of_the_result_files():
-    runs = [plot.read_run(path) for path in sorted((ROOT / "results" / "shakespeare_cpu").glob("*-?"))]
-    assert len(runs) == 9
+    runs = [plot.read_run(path) for path in sorted((ROOT / "results" / "shakespeare_cpu").glob("*-*"))]
+    assert len(runs) == 12
     generated = re.search(r"<!-- generated: .* -->\n(.*?)\n<!-- end -->", README, flags=re.DOTALL).group(1)
     assert generated == plot.table(plot.group_by_setting(runs))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, load, option, pick_device
-from mod import GPT, GPTConfig, forward_flops
+from mod import CAUSAL_METHODS, GPT, SELECTIONS, GPTConfig, forward_flops
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -47,11 +47,13 @@ class TrainConfig:
     n_embd: int = option(384, "width")
     dropout: float = option(0.0, "probability of dropping an activation in training")
     bias: bool = option(False, "biases in linear layers and LayerNorms; GPT-2 has them")
-    capacity: float = option(0.125, "share of the tokens that a routed block processes, in (0, 1]")
-    route_every: int = option(2, "2: every other block is routed; 1: every block; 0: none, a plain dense GPT")
-    selection: str = option("learned", "what top-k ranks", choices=("learned", "stochastic", "position"))
-    causal_method: str = option("predictor", "who replaces top-k in sampling", choices=("predictor", "router"))
-    predictor_hidden: int = option(32, "hidden units of the predictor")
+    capacity: float = option(GPTConfig.capacity, "share of the tokens that a routed block processes, in (0, 1]")
+    route_every: int = option(
+        GPTConfig.route_every, "2: every other block is routed; 1: every block; 0: none, a plain dense GPT"
+    )
+    selection: str = option(GPTConfig.selection, "what top-k ranks", choices=SELECTIONS)
+    causal_method: str = option(GPTConfig.causal_method, "who replaces top-k in sampling", choices=CAUSAL_METHODS)
+    predictor_hidden: int = option(GPTConfig.predictor_hidden, "hidden units of the predictor")
     # how long
     max_iters: int = option(0, "training steps; 0: as many as flop_budget pays for")
     flop_budget: float = option(0.0, "training FLOPs, 3 x the top-k forward pass; with max_iters too, the smaller wins")
@@ -108,6 +110,7 @@ def train(config):
     # Where it goes. A run that stands there already is moved aside, never overwritten.
     out_dir = keep_earlier_run(Path(config.out_dir))
     facts = {"parameters": model.num_parameters(), "flops_per_step": step_flops, "versions": versions(config)}
+    (out_dir / "metrics.jsonl").touch()  # from here on the folder counts as a run, however early it ends
     checkpoint.write_json(out_dir / "config.json", {"config": asdict(config), **facts, "data": meta})
     tokens = " and ".join(f"{len(split):,} {name}" for name, split in data.items())
     print(f"{meta['source']}: {tokens} tokens, a vocabulary of {meta['vocab_size']}")
@@ -337,7 +340,8 @@ def evaluate(model, tokens, config):
     Losses in nats per token over fixed windows of `tokens`, evenly spaced and never overlapping.
 
     val_loss_causal is that of a model that can be sampled from: the one to compare with a dense model's.
-    val_loss_topk lets the routed blocks look at the whole window. The predictor is judged within the top-k pass: how
+    val_loss_topk lets the routed blocks look at the whole window. The predictor (or the router in its place, as
+    causal_method says) is judged within the top-k pass: how
     often it agrees with top-k, beside the accuracy of the better constant guess (base rate) and its recall.
     taken: the share of tokens that each routed block processed in the causal pass. The controls have no predictor.
     """
@@ -391,8 +395,11 @@ def evaluate_checkpoint(config):
     of_the_run = {name: info["config"][name] for name in ("block_size", "vocab_size", "batch_size", "eval_iters")}
     config = dataclasses.replace(config, **of_the_run)
     meta, data = load_dataset(config)
-    if info["data"]["vocab"] != meta["vocab"]:
-        raise UserError(f"{config.out_dir} was trained with another vocabulary than that of {config.dataset}")
+    if info["data"]["text_sha256"] != meta["text_sha256"]:
+        raise UserError(
+            f"{config.out_dir} was trained on {info['data']['source']!r}, {config.dataset} holds {meta['source']!r}; "
+            "name the run's data set by --dataset"
+        )
     row = {"step": info["step"], **evaluate(model, data["val"], config)}
     print(report(row, info["config"]["max_iters"]))
     return [row]
