@@ -9,12 +9,14 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import bench
 import checkpoint
 import configurator
 import plot
@@ -542,6 +544,34 @@ def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_pat
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
+TINY_BENCH = (
+    "--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --repeats=3 --warmup=1 --device=cpu".split()
+)
+
+
+def test_bench_predicts_then_measures_and_ends_with_one_json_line(capsys, monkeypatch):
+    now = iter(range(1000))
+    seconds = {True: 1, False: 4}  # of a MoD step, of a dense step
+
+    def clocked(step, device):
+        step()
+        return seconds[next(now) % 2 == 0]
+
+    monkeypatch.setattr(bench, "clocked", clocked)
+    bench.main(TINY_BENCH)
+    predicted, measured, _, last = capsys.readouterr().out.splitlines()
+    assert predicted.startswith("Predicted: a MoD step has 0.") and measured.endswith("ratio 0.250")
+    figures = json.loads(last)
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=65)
+    ratio = forward_flops(config, 16) / forward_flops(dataclasses.replace(config, route_every=0), 16)
+    assert math.isclose(figures["train_flop_ratio"], ratio, abs_tol=1e-4) and figures["train_time_ratio"] == 0.25
+    assert {"device", "torch", "threads"} <= figures.keys()
+
+
+def test_bench_times_the_step_itself():
+    assert 0.05 <= bench.clocked(lambda: time.sleep(0.05), "cpu") < 1
+
+
 # Mistakes: one line that says what was got, what was expected, what to do; exit code 1; nothing changed on disk
 
 
@@ -720,6 +750,12 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(tiny, tmp_path):
     argv = [f"--{name}={value}" for name, value in dataclasses.asdict(tiny).items()]
     with pytest.raises(SystemExit, match="train.py: .*Not a directory|train.py: .*cannot find"):
         train.main([*argv, f"--out_dir={tmp_path / 'file' / 'run'}"])
+
+
+def test_mistakes_with_bench():
+    assert "repeats must be at least 1, got 0" in told(bench, [*TINY_BENCH, "--repeats=0"])
+    assert "route_every 5 routes none of 2 blocks" in told(bench, [*TINY_BENCH, "--route_every=5"])
+    assert "capacity is a fraction in (0, 1], got 2" in told(bench, [*TINY_BENCH, "--capacity=2"])
 
 
 def test_mistakes_with_plot(tiny, tmp_path):
