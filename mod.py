@@ -217,8 +217,8 @@ class RoutedBlock(Block):
 def forward_flops(config, T, taken=None):
     """
     Exact FLOPs of one sequence's forward pass of T tokens, as PyTorch's FlopCounterMode counts them: matrix products
-    only, a multiply-add is two, attention as full T x T. (Count on the meta device, or on a CPU under
-    sdpa_kernel(SDPBackend.MATH): there the counter misses the fused attention.)
+    only, a multiply-add is two, attention as full T x T. (To check it, count on the meta device or under
+    sdpa_kernel(SDPBackend.MATH): for a CPU's fused attention the counter gives 0.)
 
     taken=None is the top-k pass of training. For causal routing give the number of tokens that each routed block took,
     first block first (in a batch a block computes the largest count of its rows for each of them). By convention a

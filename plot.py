@@ -111,14 +111,12 @@ def draw(groups, x, path):
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for i, (name, group) in enumerate(groups):
         for run in group:
-            first = run is group[0]
-            xs = [row[key] for row in run["rows"]]
             axes.plot(
-                xs,
+                [row[key] for row in run["rows"]],
                 [row["val_loss_causal"] for row in run["rows"]],
                 color=f"C{i}",
                 linestyle=("-", "--", "-.", ":")[i % 4],  # so that the curves stay apart in greyscale too
-                label=name if first else None,
+                label=name if run is group[0] else None,
             )
     curves = [[row["val_loss_causal"] for row in run["rows"]] for _, group in groups for run in group]
     # From the second evaluation on: the loss before the first step would flatten all the rest.

@@ -151,7 +151,7 @@ def train(config):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
         for micro_step, (x, y) in enumerate(training_batches(data["train"], step, config)):
-            torch.manual_seed(seed_of(config.seed, step, micro_step))  # dropout
+            torch.manual_seed(seed_of(config.seed, step, micro_step))  # dropout, and the stochastic control's noise
             with autocast(config):
                 _, loss = model(x, y, routing="topk")
             total = loss + config.aux_weight * model.aux_loss
@@ -340,10 +340,10 @@ def evaluate(model, tokens, config):
     Losses in nats per token over fixed windows of `tokens`, evenly spaced and never overlapping.
 
     val_loss_causal is that of a model that can be sampled from: the one to compare with a dense model's.
-    val_loss_topk lets the routed blocks look at the whole window. The predictor (or the router in its place, as
-    causal_method says) is judged within the top-k pass: how
-    often it agrees with top-k, beside the accuracy of the better constant guess (base rate) and its recall.
-    taken: the share of tokens that each routed block processed in the causal pass. The controls have no predictor.
+    val_loss_topk lets the routed blocks look at the whole window. taken: the share of tokens that each routed block
+    processed in the causal pass. The predictor (with causal_method "router" the router; the controls have none) is
+    judged within the top-k pass: how often it agrees with top-k, beside the accuracy of the better constant guess
+    (base rate), and its recall.
     """
     config = resolve(config)
     T = model.config.block_size
@@ -375,15 +375,15 @@ def evaluate(model, tokens, config):
     model.train(training)
     result = {"val_loss_causal": topk_sum / n_windows, "val_loss_topk": topk_sum / n_windows}  # a dense model's are one
     if routed:
-        share = member / decisions
         result |= {
             "val_loss_causal": causal_sum / n_windows,
             "taken": [round(share, 5) for share in (taken_sum / n_windows).tolist()],
         }
     if routed and model.config.selection == "learned":
+        capacity = member / decisions
         result |= {
             "predictor_accuracy": agree / decisions,
-            "predictor_base_rate": max(share, 1 - share),
+            "predictor_base_rate": max(capacity, 1 - capacity),
             "predictor_recall": hit / member,
         }
     return result
