@@ -5,10 +5,12 @@ Raposo, Ritter, Richards, Lillicrap, Humphreys, Santoro, "Mixture-of-Depths: Dyn
 transformer-based language models", arXiv:2404.02258. A comment that names a section (§) means that paper.
 
 Read from top to bottom: the config; attention, MLP and block, as in GPT-2; the routed block, which is the paper; the
-FLOP count; the GPT and, at its end, `generate`. The letters, everywhere: B batch, T time (tokens of a sequence),
-C channels (n_embd), nh heads, hs head size, k capacity in tokens (the tokens that a routed block processes).
+FLOP count; the KV cache; the GPT and, at its end, sampling. Wherever `past` stands, it is for sampling with a cache and
+None in training. The letters, everywhere: B batch, T time (tokens of a sequence), C channels (n_embd), nh heads,
+hs head size, k capacity in tokens (the tokens that a routed block processes), S tokens that a cache holds.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -74,11 +76,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, past=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        mask = None
+        if past is not None:
+            k, v, mask = past.cache.append(k, v, past.rows, past.count)  # (B, nh, S, hs), with the tokens before
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=past is None)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -104,8 +109,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, routing="topk"):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, routing="topk", past=None):
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -146,23 +151,40 @@ class RoutedBlock(Block):
                 nn.Linear(config.n_embd, config.predictor_hidden), nn.GELU(), nn.Linear(config.predictor_hidden, 1)
             )
 
-    def forward(self, x, routing="topk"):
+    def forward(self, x, routing="topk", past=None):
         # Routing stays in float32 under autocast: bfloat16 keeps 3 digits, and the picks among near-equal weights would
         # be arbitrary. (torch.autocast does not know the meta device, on which FLOPs can be counted.)
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             r = self.router(x).squeeze(-1)  # (B, T)
-            self.logits = self.causal_logits(x, r)  # (B, T)
-        picked, weight = self.pick_topk(r) if routing == "topk" else self.pick_causal(r)  # (B, k) each
-        if picked.size(1) == 0:
-            return x  # no token taken in any row: nothing to pay for
+            self.logits = self.causal_logits(x, r, past)  # (B, T)
+        if routing == "topk":
+            return self.process(x, *self.pick_topk(r))
+        return self.process_positive(x, r, past)
+
+    def process(self, x, picked, weight, past=None):
+        """Equation (1): x (B, T, C) with the weighted update added to the picked tokens; picked, weight (B, k)."""
         index = picked.unsqueeze(-1).expand(-1, -1, x.size(-1))  # (B, k, C)
         # The weight multiplies the update only, never the residual: it puts the router on the gradient's path (§3.4).
-        update = weight.unsqueeze(-1) * self.update(x.gather(1, index))  # (B, k, C)
+        update = weight.unsqueeze(-1) * self.update(x.gather(1, index), past)  # (B, k, C)
         return x.scatter_add(1, index, update)  # (B, T, C)
 
-    def update(self, x):
+    def process_positive(self, x, r, past=None):
+        """Equation (1) with the tokens of positive logits as the picked ones; a row that has none costs nothing."""
+        self.taken = self.logits > 0  # (B, T)
+        if past is not None and r.size(1) > 1:
+            self.taken &= past.real(r)  # the padding of a shorter prompt is no token
+        count = self.taken.sum(dim=1).tolist()
+        rows = [row for row, n in enumerate(count) if n > 0]
+        if not rows:
+            return x
+        if past is not None:
+            past = past.part(rows, count)
+        part = torch.tensor(rows, device=x.device)
+        return x.index_copy(0, part, self.process(x[part], *self.pick_causal(r[part], self.taken[part]), past))
+
+    def update(self, x, past=None):
         """f in equation (1): what an ordinary block adds to x (B, k, C), without x itself; its MLP sees x + h."""
-        h = self.attn(self.ln_1(x))
+        h = self.attn(self.ln_1(x), past)
         return h + self.mlp(self.ln_2(x + h))
 
     def pick_topk(self, r):
@@ -174,15 +196,14 @@ class RoutedBlock(Block):
         self.taken = torch.zeros_like(r, dtype=torch.bool).scatter(1, picked, True)  # (B, T)
         return picked, r.gather(1, picked)
 
-    def pick_causal(self, r):
-        """The tokens of positive logits, as many as there are; k is the count of the fullest row."""
-        self.taken = self.logits > 0  # (B, T)
-        count = self.taken.sum(dim=1, keepdim=True)  # (B, 1)
+    def pick_causal(self, r, taken):
+        """The tokens taken, and their weights, (B, k) each; k is the count of the fullest row."""
+        count = taken.sum(dim=1, keepdim=True)  # (B, 1)
         k = int(count.max())
         # Taken tokens first, in time order (stable); then, in rows with fewer than k, tokens that were not taken, as
         # padding. No taken token sees the padding, which stands after them, and its weight of 0 leaves it as it was.
         # Sorted as int: not every device sorts bool.
-        picked = (~self.taken).int().argsort(dim=1, stable=True)[:, :k]  # (B, k)
+        picked = (~taken).int().argsort(dim=1, stable=True)[:, :k]  # (B, k)
         padding = torch.arange(k, device=r.device) >= count  # (B, k)
         return picked, r.gather(1, picked).masked_fill(padding, 0.0)
 
@@ -192,10 +213,10 @@ class RoutedBlock(Block):
             return torch.randn_like(r)
         return self.rule[: r.size(1)].expand_as(r) if self.config.selection == "position" else r
 
-    def causal_logits(self, x, r):
+    def causal_logits(self, x, r, past=None):
         """Take or go around: a number for each token, from its x_i alone (B, T)."""
         if self.config.selection != "learned":
-            return self.rule[: r.size(1)].expand_as(r)
+            return self.rule[: r.size(1)].expand_as(r) if past is None else self.rule[past.position]
         if self.config.causal_method == "router":
             return r  # no stop-gradient: the auxiliary loss trains the router, and the trunk before it
         # The stop-gradient (§3.5): the predictor learns about the trunk and leaves the language model untouched.
@@ -221,8 +242,8 @@ def forward_flops(config, T, taken=None):
     sdpa_kernel(SDPBackend.MATH): for a CPU's fused attention the counter gives 0.)
 
     taken=None is the top-k pass of training. For causal routing give the number of tokens that each routed block took,
-    first block first (in a batch a block computes the largest count of its rows for each of them). By convention a
-    training step costs 3 times the forward pass: the backward pass has two products for each one.
+    first block first (in a batch a block computes the largest count of its rows for each row that takes any). By
+    convention a training step costs 3 times the forward pass: the backward pass has two products for each one.
     """
     C, h = config.n_embd, config.predictor_hidden
 
@@ -240,6 +261,150 @@ def forward_flops(config, T, taken=None):
     dense_blocks = (config.n_layer - routed) * block(T)
     routed_blocks = sum(block(n) + decision for n in taken)
     return dense_blocks + routed_blocks + 2 * T * C * config.vocab_size  # the last term is the head
+
+
+class LayerCache:
+    """
+    The keys and values that one block has computed, for sampling. Row b holds length[b] tokens, in time order: every
+    token in an ordinary block, in a routed block only those that it took, so there each row has its own length.
+
+    The storage is one rectangle, as long as the longest row needs. It grows by CHUNK tokens at a time: a routed block
+    of a long text never allocates what it does not use, and few tokens cause a copy.
+    """
+
+    CHUNK = 32
+
+    def __init__(self, batch_size):
+        self.length = [0] * batch_size  # Python's numbers: read without waiting for a GPU
+        self.k = self.v = None  # (batch_size, nh, allocated tokens, hs)
+
+    @property
+    def nbytes(self):
+        """Bytes allocated, used or not."""
+        return 0 if self.k is None else self.k.nbytes + self.v.nbytes
+
+    def append(self, k, v, rows, count):
+        """
+        Add the first count[i] tokens of k[i] and v[i] (n, nh, T, hs) to row rows[i].
+
+        Returns all keys and values of these rows (n, nh, S, hs), S being the longest row's length, and the mask
+        (n, 1, T, S) that lets a token see itself and those before it; None where everything may be seen.
+        """
+        T = k.size(2)
+        start = [self.length[row] for row in rows]
+        S = max(start) + T
+        self.reserve(S, k)
+        slot = torch.tensor(start)[:, None] + torch.arange(T)  # (n, T)
+        row = torch.tensor(rows, device=k.device)  # (n,)
+        # Padding is stored too, after the row's own tokens: the mask hides it, the row's next tokens overwrite it.
+        where = row[:, None], slice(None), slot.to(k.device)
+        self.k[where] = k.transpose(1, 2)  # (n, T, nh, hs)
+        self.v[where] = v.transpose(1, 2)
+        for b, n in zip(rows, count):
+            self.length[b] += n
+        mask = None
+        if T > 1 or min(start) < max(start):
+            mask = (torch.arange(S) <= slot[:, None, :, None]).to(k.device)  # (n, 1, T, S)
+        part = slice(None) if rows == list(range(len(self.length))) else row  # all rows: a view instead of a copy
+        return self.k[part, :, :S], self.v[part, :, :S], mask
+
+    def reserve(self, tokens, like):
+        """Make room for `tokens` tokens in every row, in the type and on the device of `like` (n, nh, T, hs)."""
+        allocated = 0 if self.k is None else self.k.size(2)
+        if tokens <= allocated:
+            return
+        shape = len(self.length), like.size(1), math.ceil(tokens / self.CHUNK) * self.CHUNK, like.size(3)
+        # Zeros, not empty: a masked token has weight 0, but 0 times the NaN that memory may hold would be NaN.
+        k, v = like.new_zeros(shape), like.new_zeros(shape)
+        if allocated:
+            k[:, :, :allocated], v[:, :, :allocated] = self.k, self.v
+        self.k, self.v = k, v
+
+
+class KVCache:
+    """What sampling keeps of batch_size texts: tokens[b], how many tokens of row b were read, and a cache per block."""
+
+    def __init__(self, n_layer, batch_size):
+        self.tokens = [0] * batch_size
+        self.layers = [LayerCache(batch_size) for _ in range(n_layer)]
+
+    @property
+    def nbytes(self):
+        """Bytes allocated in all blocks."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def clear(self, rows):
+        """Forget what these rows have read."""
+        for row in rows:
+            self.tokens[row] = 0
+        for layer in self.layers:
+            for row in rows:
+                layer.length[row] = 0
+            if not any(layer.length):
+                layer.k = layer.v = None
+
+
+@dataclass
+class Past:
+    """
+    What the new tokens x (n, T, C) of a pass with a cache are added to, in one block.
+
+    cache     the block's LayerCache
+    rows      n numbers: the rows of the cache that they belong to, each once
+    count     n numbers: how many of a row's T tokens are real; the others, at its end, are padding
+    position  (n, T): where they stand in their texts
+    """
+
+    cache: LayerCache
+    rows: list
+    count: list
+    position: torch.Tensor
+
+    def real(self, x):
+        """True for the tokens of x (n, T) that are no padding."""
+        return torch.arange(x.size(1), device=x.device) < torch.tensor(self.count, device=x.device)[:, None]
+
+    def part(self, rows, count):
+        """The same for some of the rows, of which the block takes count[row] tokens."""
+        return Past(self.cache, [self.rows[row] for row in rows], [count[row] for row in rows], self.position[rows])
+
+
+def pick_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """
+    One token for each row of logits (B, vocab_size), as (B,).
+
+    temperature below 1 is safer, above 1 wilder; 0 takes the likeliest token. top_k keeps the top_k likeliest tokens of
+    the vocabulary (nothing to do with routing; 0: all), top_p the fewest likeliest ones that together have probability
+    top_p.
+    """
+    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            "sampling needs a temperature >= 0, top_k >= 0 (0: all) and top_p in (0, 1]; "
+            f"got temperature {temperature}, top_k {top_k}, top_p {top_p}"
+        )
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k > 0:
+        kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+        logits = logits.masked_fill(logits < kth_best, -math.inf)
+    p = logits.softmax(dim=-1)
+    if top_p == 1:
+        return torch.multinomial(p, 1, generator=generator).squeeze(-1)
+    p, token = p.sort(dim=-1, descending=True)
+    p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)  # those before it suffice; so the likeliest always stays
+    return token.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Evaluation mode (no dropout) for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class GPT(nn.Module):
@@ -318,38 +483,96 @@ class GPT(nn.Module):
         return torch.stack(losses).mean()
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None):
+    def generate_uncached(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=None):
         """
         Continue idx (B, T) by max_new_tokens tokens, sampled with causal routing; returns (B, T + max_new_tokens).
 
-        The plain definition of sampling: one whole pass per new token. temperature 0 takes the likeliest token; top_k
-        keeps the top_k likeliest of the vocabulary (nothing to do with routing). When the window is full it restarts
-        from its last block_size // 2 tokens; a window that slides by one token would shift every position, and with it
-        all that was computed before.
+        The plain definition of sampling: one whole pass per new token. When the window is full it restarts from its
+        last block_size // 2 tokens; a window that slides by one token would shift every position, and with it all that
+        was computed before. `generate` gives the same tokens for the same seed, faster. Options: `pick_token`.
         """
-        if idx.size(1) < 1 or temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(
-                "sampling needs a prompt of at least 1 token, temperature >= 0, top_k None or >= 1; "
-                f"got {idx.size(1)} tokens, temperature {temperature}, top_k {top_k}"
-            )
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        training = self.training
-        self.eval()
         start = 0
-        for _ in range(max_new_tokens):
-            if idx.size(1) - start > self.config.block_size:
-                start = idx.size(1) - max(1, self.config.block_size // 2)
-            # .forward: a compiled model would be traced anew for each length.
-            logits, _ = self.forward(idx[:, start:], routing="causal")
-            logits = logits[:, -1, :]  # (B, vocab_size)
-            if temperature == 0:
-                token = logits.argmax(dim=-1, keepdim=True)
-            else:
-                logits = logits / temperature
-                if top_k is not None:
-                    kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
-                    logits = logits.masked_fill(logits < kth_best, -float("inf"))
-                token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
-            idx = torch.cat((idx, token), dim=1)
-        self.train(training)
+        with evaluating(self):
+            for _ in range(max_new_tokens):
+                if idx.size(1) - start > self.config.block_size:
+                    start = idx.size(1) - max(1, self.config.block_size // 2)
+                # .forward: a compiled model would be traced anew for each length.
+                logits, _ = self.forward(idx[:, start:], routing="causal")
+                token = pick_token(logits[:, -1], temperature, top_k, top_p, generator)  # (B,)
+                idx = torch.cat((idx, token[:, None]), dim=1)
         return idx
+
+    def generate(self, idx, max_new_tokens, **options):
+        """The same with a KV cache: what was computed for a token is kept, so each new token costs one step."""
+        tokens = list(self.stream(idx, max_new_tokens, **options))
+        return torch.stack([*idx.unbind(1), *tokens], dim=1)
+
+    @torch.no_grad()
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=None, cache=None):
+        """
+        Continue each of the B prompts, yielding the B new tokens (B,) as soon as they are there, max_new_tokens times.
+
+        prompts: a tensor (B, T), or a list of prompts of different lengths; a row whose window is full restarts alone.
+        Give a `new_cache(B)` of your own to look at it on the way. With prompts of one length, `taken` of the routed
+        blocks is about the prompts (B, T) at the first yield; from then on its last column is about the token read.
+        """
+        block_size, device = self.config.block_size, self.lm_head.weight.device
+        texts = [[int(token) for token in prompt] for prompt in prompts]
+        rows = range(len(texts))
+        cache = cache or self.new_cache(len(texts))
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        with evaluating(self):
+            for i in range(max_new_tokens):
+                fresh = [row for row in rows if i == 0 or cache.tokens[row] == block_size]
+                going_on = [row for row in rows if row not in fresh]
+                logits = self.lm_head.weight.new_empty(len(texts), self.config.vocab_size)  # (B, vocab_size)
+                if fresh:
+                    windows = [texts[row] for row in fresh]
+                    windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
+                    logits[fresh] = self.prefill(windows, cache, fresh)
+                if going_on:
+                    last = torch.tensor([texts[row][-1] for row in going_on])
+                    logits[going_on] = self.step(last, cache, going_on)
+                token = pick_token(logits, temperature, top_k, top_p, generator)  # (B,)
+                yield token
+                for text, t in zip(texts, token.tolist()):
+                    text.append(t)
+
+    def new_cache(self, batch_size):
+        return KVCache(self.config.n_layer, batch_size)
+
+    def prefill(self, prompts, cache, rows=None):
+        """
+        Read prompts (lists of token ids, 1 to block_size each) into rows of the cache, all of them by default, in place
+        of what these rows held. Returns the logits that follow each prompt (n, vocab_size).
+        """
+        rows = list(range(len(prompts))) if rows is None else rows
+        count = [len(prompt) for prompt in prompts]
+        if not 1 <= min(count) <= max(count) <= self.config.block_size:
+            raise ValueError(f"a prompt has 1 to block_size = {self.config.block_size} tokens, got {count}")
+        idx = torch.tensor([[*prompt, *[0] * (max(count) - len(prompt))] for prompt in prompts])  # padding: any token
+        cache.clear(rows)
+        return self.extend(idx, cache, rows, count)
+
+    def step(self, token, cache, rows=None):
+        """Read one more token (n,) into each of the rows; returns the logits that follow it (n, vocab_size)."""
+        rows = list(range(len(token))) if rows is None else rows
+        full = [row for row in rows if cache.tokens[row] >= self.config.block_size]
+        if full:
+            raise ValueError(f"rows {full} have read block_size = {self.config.block_size} tokens; prefill them anew")
+        return self.extend(token[:, None], cache, rows, [1] * len(rows))
+
+    @torch.no_grad()
+    def extend(self, idx, cache, rows, count):
+        """The causal pass over new tokens idx (n, T) of some rows, of which count[i] are real, the others padding."""
+        device = self.lm_head.weight.device
+        position = torch.tensor([cache.tokens[row] for row in rows])[:, None] + torch.arange(idx.size(1))  # (n, T)
+        position = position.to(device)
+        x = self.transformer.drop(self.transformer.wte(idx.to(device)) + self.transformer.wpe(position))  # (n, T, C)
+        for block, layer in zip(self.transformer.h, cache.layers):
+            x = block(x, "causal", Past(layer, rows, count, position))
+        for row, n in zip(rows, count):
+            cache.tokens[row] += n
+        last = x[torch.arange(len(rows)), torch.tensor(count) - 1]  # (n, C)
+        return self.lm_head(self.transformer.ln_f(last))

@@ -1,19 +1,22 @@
 """
-Sample text from a checkpoint that train.py wrote, with causal routing:
+Sample text from a checkpoint that train.py wrote, with causal routing and a KV cache:
 
     python sample.py --out_dir=out-shakespeare-mod
     python sample.py --start="ROMEO:" --num_samples=3 --temperature=0.8
+    python sample.py --show_depth --routing_map=map.png
 
 Needs the checkpoint alone, not the data set.
 """
 
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import checkpoint
+import depth
 from configurator import UserError, load, option, pick_device
 
 
@@ -21,11 +24,15 @@ from configurator import UserError, load, option, pick_device
 class SampleConfig:
     out_dir: str = option("out-shakespeare-mod", "folder of the run; its best checkpoint is used")
     start: str = option("", "the text to continue, or FILE:path of a file that holds it; empty: a new line")
-    num_samples: int = option(1, "how many continuations")
+    num_samples: int = option(1, "how many continuations; the first is printed as it comes")
     max_new_tokens: int = option(500, "length of each continuation in tokens")
     temperature: float = option(0.8, "below 1 safer, above 1 wilder; 0: always the likeliest token")
     top_k: int = option(0, "sample among the top_k likeliest characters only; 0: all. Nothing to do with routing")
+    top_p: float = option(1.0, "sample among the fewest likeliest characters that have this probability together")
     seed: int = option(1337, "the same seed gives the same text")
+    show_depth: bool = option(False, "colour each character by how many routed blocks processed it")
+    depth_svg: str = option("", "the same as a picture: a .svg file of the first sample")
+    routing_map: str = option("", "which routed block processed which character of the first sample: .png, .svg, .pdf")
     device: str = option("auto", "auto (the best there is), cpu, cuda, mps, ...")
 
 
@@ -33,24 +40,95 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a Windows console may not know every character
     try:
-        for text in sample(load(SampleConfig, argv, __doc__.split(",")[0])):
-            print(text, "-" * 80, sep="\n")
+        sample(load(SampleConfig, argv, __doc__.split(",")[0]))
     except UserError as error:
         sys.exit(f"sample.py: {error}")
 
 
 def sample(config):
-    """The texts, prompt included, as a list of num_samples strings."""
+    """Print the samples, the first as it comes; returns the texts, prompt included, a list of num_samples strings."""
+    pictures = {name: Path(getattr(config, name)) for name in ("depth_svg", "routing_map") if getattr(config, name)}
+    check(config, pictures)
+    model, info = checkpoint.load(Path(config.out_dir), "best", pick_device(config.device))
+    vocab = info["data"]["vocab"]
+    layers = [layer for layer in range(model.config.n_layer) if model.config.is_routed(layer)]
+    if not layers and (config.show_depth or pictures):
+        raise UserError(f"{config.out_dir} holds a dense model: every token goes through every block, nothing to show")
+    prompt = encode(read_prompt(config.start) or ("\n" if "\n" in vocab else vocab[0]), vocab)
+
+    printer = depth.DepthPrinter(len(layers)) if config.show_depth else depth.PlainPrinter()
+    printer.legend()
+    texts, taken, seconds, cache_bytes = follow(model, prompt, vocab, config, printer)
+    unread = len(texts[0]) - taken.size(2)
+    depths = [[None] * unread + row for row in taken.sum(dim=0).tolist()]
+    for text, row in zip(texts[1:], depths[1:]):
+        print("-" * 80)
+        printer.add_all(text, row)
+        printer.close()
+    n_layer = model.config.n_layer
+    used = n_layer - len(layers) + taken.sum(dim=0).double().mean().item()
+    print(
+        f"{config.num_samples} x {config.max_new_tokens} tokens in {seconds:.2f} s, "
+        f"{config.num_samples * config.max_new_tokens / seconds:,.0f} tokens/s; KV cache {cache_bytes / 1e6:.2f} MB; "
+        f"a token went through {used:.2f} of {n_layer} blocks ({used / n_layer:.0%})",
+        file=sys.stderr,
+    )
+    try:
+        if config.depth_svg:
+            depth.save_svg(texts[0], depths[0], len(layers), pictures["depth_svg"])
+        if config.routing_map:
+            depth.routing_map(taken[:, 0].numpy(), texts[0][unread:], layers, pictures["routing_map"])
+    except OSError as error:
+        raise UserError(f"cannot write the picture: {error}") from None
+    return ["".join(text) for text in texts]
+
+
+def follow(model, prompt, vocab, config, printer):
+    """
+    Generate, and print the first text as it comes.
+
+    Returns the texts as lists of token texts; which routed block took which token, bool (routed blocks, num_samples,
+    tokens read); the seconds spent after the prompt was read; the most bytes that the cache had.
+    """
+    texts = [[vocab[t] for t in prompt] for _ in range(config.num_samples)]
+    cache = model.new_cache(config.num_samples)
+    taken, seconds, cache_bytes = [], 0.0, 0
+    # One token more than asked for, and printing is one step behind: what the blocks decide about a token is known when
+    # they have read it.
+    options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    stream = model.stream([prompt] * config.num_samples, config.max_new_tokens + 1, **options, cache=cache)
+    clock = time.perf_counter()
+    for i, tokens in enumerate(stream):
+        tokens = tokens.tolist()  # waits for the device
+        if i > 0:
+            seconds += time.perf_counter() - clock
+        cache_bytes = max(cache_bytes, cache.nbytes)
+        new = cache.tokens[0] if i == 0 else 1  # tokens read; of a prompt longer than the window its last part only
+        blocks = [block.taken[:, -new:].cpu() for block in model.routed_blocks]
+        taken.append(torch.stack(blocks) if blocks else torch.zeros(0, config.num_samples, new, dtype=torch.bool))
+        if i == 0:
+            printer.add_all(texts[0][:-new], [None] * len(prompt))
+        printer.add_all(texts[0][-new:], taken[-1][:, 0].sum(dim=0).tolist())
+        if i < config.max_new_tokens:
+            for text, t in zip(texts, tokens):
+                text.append(vocab[t])
+        clock = time.perf_counter()
+    printer.close()
+    return texts, torch.cat(taken, dim=2), seconds, cache_bytes
+
+
+def check(config, pictures):
     for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
         if not least <= getattr(config, name) < 2**63:
             raise UserError(f"{name} must be a finite number, at least {least}; got {getattr(config, name)}")
-    device = pick_device(config.device)
-    model, info = checkpoint.load(Path(config.out_dir), "best", device)
-    vocab = info["data"]["vocab"]
-    prompt = encode(read_prompt(config.start) or ("\n" if "\n" in vocab else vocab[0]), vocab)
-    idx = torch.tensor([prompt] * config.num_samples, device=device)
-    idx = model.generate(idx, config.max_new_tokens, config.temperature, config.top_k or None, config.seed)
-    return ["".join(vocab[token] for token in row) for row in idx.tolist()]
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"top_p is a probability in (0, 1], got {config.top_p}")
+    endings = {"depth_svg": (".svg",), "routing_map": (".png", ".svg", ".pdf")}
+    for name, path in pictures.items():
+        if path.suffix not in endings[name]:
+            raise UserError(f"{name} is a file that ends with {' or '.join(endings[name])}, got {path}")
+        if not path.parent.is_dir():
+            raise UserError(f"{name}: there is no folder {path.parent}; make it first")
 
 
 def read_prompt(start):

@@ -5,12 +5,15 @@ import copy
 import dataclasses
 import math
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mod import GPT, Block, GPTConfig, forward_flops
+import mod
+from mod import GPT, Block, GPTConfig, forward_flops, pick_token
 from train import TrainConfig, configure_optimizer
 
 torch.set_num_threads(1)  # for sizes this small more threads only wait for each other
@@ -537,11 +540,11 @@ def by_hand(model, idx, new, routing):
 
 
 @kinds
-def test_generate_is_a_causal_pass_per_token(kind):
+def test_uncached_generate_is_a_causal_pass_per_token(kind):
     model, prompt = make(**kind), tokens(B=8, T=5)
-    assert torch.equal(model.generate(prompt, 27, seed=1), by_hand(model, prompt, 27, "causal"))
+    assert torch.equal(model.generate_uncached(prompt, 27, seed=1), by_hand(model, prompt, 27, "causal"))
     if kind["selection"] == "learned":
-        assert not torch.equal(model.generate(prompt, 27, seed=1), by_hand(model, prompt, 27, "topk"))
+        assert not torch.equal(model.generate_uncached(prompt, 27, seed=1), by_hand(model, prompt, 27, "topk"))
 
 
 @pytest.mark.parametrize(
@@ -551,32 +554,166 @@ def test_generate_is_a_causal_pass_per_token(kind):
 def test_a_full_window_restarts_from_its_last_half(T, lengths):
     model, seen = make(block_size=8), []
     model.transformer.wte.register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    idx = model.generate(tokens(T=T), len(lengths), seed=1)
+    idx = model.generate_uncached(tokens(T=T), len(lengths), seed=1)
     assert [window.size(1) for window in seen] == lengths
     for i, window in enumerate(seen):
         assert torch.equal(window, idx[:, : T + i][:, -lengths[i] :])  # the last tokens so far, in order
 
 
-def test_sampling_follows_seed_temperature_and_top_k():
+def test_sampling_follows_seed_and_temperature():
     model, prompt = make(), tokens(B=2, T=5)
     assert torch.equal(model.generate(prompt, 20, seed=1), model.generate(prompt, 20, seed=1))
     assert not torch.equal(model.generate(prompt, 20, seed=1), model.generate(prompt, 20, seed=2))
     greedy = model.generate(prompt, 20, temperature=0)
     assert torch.equal(model.generate(prompt, 20, top_k=1, seed=1), greedy)
+    assert torch.equal(model.generate(prompt, 20, top_p=1e-6, seed=1), greedy)
     assert torch.equal(model.generate(prompt, 20, temperature=1e-4, seed=1), greedy)
-    many = model.generate(prompt[:1].expand(2000, -1), 1, top_k=3, seed=1)[:, -1]
-    p = model(prompt[:1], routing="causal")[0][0, -1].softmax(dim=-1)
-    best = p.topk(3)
-    assert set(many.tolist()) <= set(best.indices.tolist())
-    drawn = torch.stack([(many == token).double().mean() for token in best.indices])
-    assert close(drawn, best.values / best.values.sum(), 0.05)
 
 
-def test_generate_leaves_the_training_mode_and_samples_without_dropout_or_gradient():
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (dict(), [0.1, 0.4, 0.2, 0.3]),
+        (dict(temperature=0.5), [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]),
+        (dict(top_k=2), [0, 4 / 7, 0, 3 / 7]),
+        (dict(top_k=99), [0.1, 0.4, 0.2, 0.3]),
+        (dict(top_p=0.65), [0, 4 / 7, 0, 3 / 7]),
+        (dict(top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9]),
+        (dict(top_p=1.0), [0.1, 0.4, 0.2, 0.3]),
+        (dict(top_k=3, top_p=0.7), [0, 4 / 7, 0, 3 / 7]),  # 0.4 + 0.3 of 0.9: 0.78
+    ],
+)
+def test_tokens_are_drawn_with_these_probabilities(options, expected):
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64).log().expand(20_000, -1)
+    drawn = pick_token(logits, **options, generator=torch.Generator().manual_seed(1)).bincount(minlength=4) / 20_000
+    assert close(drawn.double(), torch.tensor(expected, dtype=torch.float64), 0.015)
+    assert [p == 0 for p in drawn] == [p == 0 for p in expected]
+
+
+@pytest.mark.parametrize("method", ["generate", "generate_uncached"])
+def test_generate_leaves_the_training_mode_and_samples_without_dropout_or_gradient(method):
     model = make(dropout=0.5).train()
-    text = model.generate(tokens(B=8, T=5), 10, seed=1)
+    text = getattr(model, method)(tokens(B=8, T=5), 10, seed=1)
     assert model.training and not model.routed_blocks[0].logits.requires_grad
-    assert torch.equal(text, make().generate(tokens(B=8, T=5), 10, seed=1))
+    assert torch.equal(text, getattr(make(), method)(tokens(B=8, T=5), 10, seed=1))
+
+
+# The KV cache
+
+
+@hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+def test_step_by_step_with_the_cache_equals_a_causal_pass_of_each_row_alone(data):
+    """In one: ragged prompts, windows that restart, rows apart from each other, storage that grows, every routing."""
+    nh, hs = data.draw(st.sampled_from([(1, 4), (2, 2), (3, 4)]), "heads, head size")
+    model = make(
+        seed=data.draw(st.integers(0, 9), "seed"),
+        **data.draw(st.sampled_from(KINDS), "kind"),
+        block_size=data.draw(st.integers(1, 12), "block_size"),
+        n_layer=data.draw(st.integers(1, 4), "n_layer"),
+        route_every=data.draw(st.integers(0, 3), "route_every"),
+        capacity=data.draw(st.sampled_from([0.05, 0.25, 0.5, 1.0]), "capacity"),
+        n_head=nh,
+        n_embd=nh * hs,
+        bias=data.draw(st.booleans(), "bias"),
+    )
+    taking = data.draw(st.sampled_from([-1e3, 0.0, 1e3]), "none, some or all taken")
+    for block in model.routed_blocks:
+        if hasattr(block, "predictor"):
+            block.predictor[-1].bias.data += taking
+    lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4), "lengths of the prompts")
+    new = data.draw(st.integers(1, 15), "new tokens")
+    chunk = data.draw(st.integers(1, 4), "chunk")
+    seen, torch_seed = [], data.draw(st.integers(0, 9), "seed of the text")
+    text = tokens(B=len(lengths), T=20 + new, seed=torch_seed)
+    follow = iter(text[:, 20:].T)
+
+    def forced(logits, *options):
+        seen.append(logits)
+        return next(follow)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mod, "pick_token", forced)
+        patch.setattr(mod.LayerCache, "CHUNK", chunk)
+        list(model.stream([row[20 - length : 20] for row, length in zip(text, lengths)], new))
+    for row, length in enumerate(lengths):
+        start = 20 - length
+        for i, logits in enumerate(seen):
+            if 20 + i - start > model.config.block_size:
+                start = 20 + i - max(1, model.config.block_size // 2)
+            assert close(logits[row], model(text[[row], start : 20 + i], routing="causal")[0][0, -1])
+
+
+@kinds
+@pytest.mark.parametrize("options", [dict(), dict(top_k=5, temperature=0.7), dict(top_p=0.8), dict(temperature=0)])
+def test_cached_and_uncached_generate_give_the_same_tokens(kind, options):
+    model, prompt = make(**kind), tokens(B=4, T=5)
+    cached = model.generate(prompt, 70, seed=3, **options)  # the window of 32 restarts three times
+    assert cached.shape == (4, 75) and torch.equal(cached, model.generate_uncached(prompt, 70, seed=3, **options))
+
+
+def test_a_routed_block_keeps_and_computes_only_what_it_takes():
+    model = make(n_layer=6)
+    computed, taken = collections.Counter(), collections.Counter()
+    for i, block in enumerate(model.routed_blocks):
+        block.mlp.register_forward_hook(lambda module, args, out, i=i: computed.update({i: args[0].shape[:2].numel()}))
+    cache = model.new_cache(4)
+    logits = model.prefill(tokens(B=4, T=9).tolist(), cache)
+    prefilled = [list(layer.length) for layer in cache.layers]
+    assert prefilled[1::2] == [b.taken.sum(1).tolist() for b in model.routed_blocks] and prefilled[::2] == [[9] * 4] * 3
+    computed.clear()
+    for _ in range(20):
+        logits = model.step(pick_token(logits), cache)
+        taken.update({i: int(block.taken.sum()) for i, block in enumerate(model.routed_blocks)})
+    assert computed == taken and 0 < taken.total() < 3 * 4 * 20
+    held = sum(sum(layer.length) for layer in cache.layers[1::2])
+    assert held == taken.total() + sum(sum(length) for length in prefilled[1::2])
+
+
+def test_storage_follows_what_is_used():
+    model = make()
+    per_token = 2 * 16 * 8  # keys and values, n_embd, float64
+    cache, chunk = model.new_cache(1), mod.LayerCache.CHUNK
+    assert cache.nbytes == 0
+    for block in model.routed_blocks:
+        block.predictor[-1].bias.data.fill_(-1e3)
+    model.prefill([[1, 2, 3]], cache)
+    assert [layer.nbytes for layer in cache.layers] == [chunk * per_token, 0] * 2
+    cache.clear([0])
+    assert cache.nbytes == 0
+    layer = mod.LayerCache(2)
+    for used in range(1, 3 * chunk):
+        k = torch.full((1, 2, 1, 8), float(used), dtype=torch.float64)
+        keys, values, mask = layer.append(k, -k, [1], [1])
+        assert keys[0, 0, :, 0].tolist() == list(range(1, used + 1)) and torch.equal(values, -keys) and mask is None
+        assert layer.nbytes == math.ceil(used / chunk) * chunk * 2 * per_token
+    assert layer.length == [0, 3 * chunk - 1]
+
+
+def test_what_memory_held_before_does_not_reach_a_text():
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [1]]
+    clean = torch.stack(list(make().stream(prompts, 9, temperature=0)))
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
+    try:
+        assert torch.equal(torch.stack(list(make().stream(prompts, 9, temperature=0))), clean)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_an_abandoned_stream_leaves_the_training_mode():
+    model = make().train()
+    stream = model.stream(tokens(B=2, T=5), 10)
+    next(stream)
+    stream.close()
+    assert model.training and torch.is_grad_enabled()
+
+
+def test_the_caller_sees_what_was_taken_on_the_way():
+    model, prompt = make(), tokens(B=2, T=5)
+    decisions = [torch.stack([b.taken for b in model.routed_blocks]) for _ in model.stream(prompt, 9, temperature=0)]
+    text = model.generate(prompt, 9, temperature=0)
+    model(text[:, :-1], routing="causal")  # the last new token was never read
+    assert torch.equal(torch.cat(decisions, dim=2), torch.stack([b.taken for b in model.routed_blocks]))
 
 
 # Mistakes
@@ -609,8 +746,15 @@ def test_a_call_that_cannot_work_is_told_in_one_line():
     for T in (0, 33):
         with pytest.raises(ValueError, match=f"a sequence has 1 to block_size = 32 tokens, got {T}"):
             model(tokens(T=T))
-    for wrong in (dict(temperature=-1), dict(top_k=0), dict(idx=tokens(T=0))):
-        with pytest.raises(ValueError, match="a prompt of at least 1 token, temperature >= 0, top_k None or >= 1"):
-            model.generate(**{"idx": tokens(), "max_new_tokens": 1, **wrong})
+    for wrong in (dict(temperature=-1), dict(temperature=math.nan), dict(top_k=-1), dict(top_p=0), dict(top_p=1.1)):
+        with pytest.raises(ValueError, match="sampling needs a temperature >= 0, top_k >= 0"):
+            model.generate(tokens(), 1, **wrong)
+    cache = model.new_cache(2)
+    for prompts in ([[1], []], [[1], [2] * 33]):
+        with pytest.raises(ValueError, match="a prompt has 1 to block_size = 32 tokens, got"):
+            model.prefill(prompts, cache)
+    model.prefill([[1], [2] * 32], cache)
+    with pytest.raises(ValueError, match=r"rows \[1\] have read block_size = 32 tokens; prefill them anew"):
+        model.step(torch.tensor([1, 1]), cache)
     with pytest.raises(ValueError, match="one number per routed block: 2, got 1"):
         forward_flops(model.config, 32, [4])

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
 import math
 import re
@@ -11,14 +12,18 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import rich.style
 import torch
+from matplotlib.axes import Axes
 
 import bench
 import checkpoint
 import configurator
+import depth
 import plot
 import sample
 import train
@@ -493,9 +498,15 @@ def test_sampling_needs_the_checkpoint_alone_and_repeats_by_its_seed(tiny, tmp_p
     for seed in (1, 1, 2):
         argv = [f"--out_dir={tiny.out_dir}", f"--start=FILE:{tmp_path / 'prompt.txt'}", "--num_samples=2"]
         sample.main([*argv, "--max_new_tokens=30", f"--seed={seed}", "--device=cpu"])
-        outputs.append(capsys.readouterr().out)
+        out, report = capsys.readouterr()
+        outputs.append(out)
+        assert re.fullmatch(
+            r"2 x 30 tokens in [\d.]+ s, [\d,]+ tokens/s; KV cache [\d.]+ MB; "
+            r"a token went through 1\.\d\d of 2 blocks \(\d+%\)\n",
+            report,
+        )
     texts = outputs[0].split("-" * 80 + "\n")
-    assert len(texts) == 3 and all(text.startswith("a\nb") and len(text) == 3 + 30 + 1 for text in texts[:2])
+    assert len(texts) == 2 and all(text.startswith("a\nb") and len(text) == 3 + 30 + 1 for text in texts)
     assert outputs[0] == outputs[1] != outputs[2]
 
 
@@ -513,6 +524,92 @@ def test_sampling_is_causal_and_uses_the_best_checkpoint(tiny):
     assert sample.sample(config) == [text]
     assert sample.sample(dataclasses.replace(config, temperature=1.0, top_k=1)) == [text]
     assert sample.sample(dataclasses.replace(config, start=""))[0].startswith("\n")
+
+
+def marked(out):
+    """The characters and marks of what --show_depth prints without colour, each as one text."""
+    lines = out.split("\n")[2:-1]
+    texts, marks = lines[::2], lines[1::2]
+    marks = [mark.ljust(len(text)) for text, mark in zip(texts, marks)]
+    return "".join(texts).replace("\N{PILCROW SIGN}", "\n"), "".join(marks)
+
+
+@pytest.mark.parametrize("start", ["ab", "a", "ab\nba" * 5])  # the last is longer than the window of 16
+def test_show_depth_marks_each_character_with_the_number_of_blocks_that_took_it(tiny, start, tmp_path, capsys):
+    train.train(dataclasses.replace(tiny, n_layer=4, capacity=0.5))
+    (tmp_path / "prompt.txt").write_text(start, encoding="utf-8", newline="")
+    config = sample.SampleConfig(
+        out_dir=tiny.out_dir, start=f"FILE:{tmp_path / 'prompt.txt'}", max_new_tokens=7, device="cpu", show_depth=True
+    )
+    model, info = checkpoint.load(Path(tiny.out_dir), "best", "cpu")
+    with torch.no_grad():
+        for block in model.routed_blocks:
+            block.predictor[-1].weight.mul_(100)
+    checkpoint.save(
+        Path(tiny.out_dir), "best", model, **{k: info[k] for k in info.keys() - {"format", "sha256", "model"}}
+    )
+    capsys.readouterr()
+    (text,) = sample.sample(config)
+    printed, marks = marked(capsys.readouterr().out)
+    assert printed == text and len(text) == len(start) + 7
+    read = text if len(start) <= 16 else text[len(start) - 8 :]  # a longer prompt is read from its last half window
+    model(torch.tensor([[info["data"]["vocab"].index(c) for c in read]]), routing="causal")
+    depths = sum(block.taken[0].int() for block in model.routed_blocks).tolist()
+    assert marks == " " * (len(text) - len(read)) + "".join(".12"[d] for d in depths)
+    assert len(set(marks.strip())) > 1
+
+
+def test_depth_in_colour_is_the_same_text_with_a_background_per_depth():
+    console = depth.Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=5, no_color=False)
+    printer = depth.DepthPrinter(2, console)
+    printer.add_all(["a", "b", "c", "\n", "d\te"], [0, 1, 2, 1, None])
+    printer.close()
+    plain, one, two = "", depth.style(1, 2), depth.style(2, 2)
+    assert plain == depth.style(0, 2) == depth.style(None, 2) and len({plain, one, two}) == 3
+    out = console.file.getvalue()
+    assert re.sub(r"\x1b\[[\d;]*m", "", out) == "abc\N{PILCROW SIGN}\nd e\n"
+    assert out.count("\x1b[") == 6  # begun and ended: b, c and the end of the line
+
+
+@pytest.mark.parametrize("routed", [1, 2, 6, 12])
+def test_the_colours_darken_with_depth_and_the_text_on_them_can_be_read(routed):
+    def luminance(colour):
+        parts = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    backgrounds = []
+    for d in range(1, routed + 1):
+        parsed = rich.style.Style.parse(depth.style(d, routed))
+        text, background = luminance(parsed.color.get_truecolor()), luminance(parsed.bgcolor.get_truecolor())
+        assert (max(text, background) + 0.05) / (min(text, background) + 0.05) > 4.5  # what WCAG asks for
+        backgrounds.append(background)
+    assert backgrounds == sorted(backgrounds, reverse=True) and len(set(backgrounds)) == routed
+
+
+def test_pictures_of_the_depth(tiny, tmp_path, monkeypatch, capsys):
+    train.train(tiny)
+    capsys.readouterr()
+    argv = [f"--out_dir={tiny.out_dir}", "--device=cpu", "--max_new_tokens=150", "--num_samples=2"]
+    parts, pcolormesh = [], Axes.pcolormesh
+    monkeypatch.setattr(Axes, "pcolormesh", lambda self, part, **k: parts.append(part) or pcolormesh(self, part, **k))
+    taken = []
+    follow = sample.follow
+    monkeypatch.setattr(sample, "follow", lambda *a: taken.append(follow(*a)) or taken[-1])
+    sample.main([*argv, f"--depth_svg={tmp_path / 'text.svg'}", f"--routing_map={tmp_path / 'map.png'}"])
+    text = capsys.readouterr().out.split("-" * 80)[0]
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert np.array_equal(np.concatenate(parts, axis=1), taken[0][1][:, 0].numpy()) and len(parts) == 2
+    svg = ElementTree.parse(tmp_path / "text.svg")
+    drawn = "".join(e.text or "" for e in svg.iter("{http://www.w3.org/2000/svg}text"))
+    assert "".join(text.split()) in "".join(drawn.replace("\N{PILCROW SIGN}", "").split())
+    assert "url(http" not in (tmp_path / "text.svg").read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["map.png", "text.svg"]
+
+
+def test_a_dense_model_samples_too(tiny, capsys):
+    train.train(dataclasses.replace(tiny, route_every=0))
+    sample.main([f"--out_dir={tiny.out_dir}", "--device=cpu", "--max_new_tokens=40", "--top_p=0.9"])
+    assert "a token went through 2.00 of 2 blocks (100%)" in capsys.readouterr().err
 
 
 def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_path, capsys):
@@ -545,22 +642,22 @@ def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_pat
 
 
 TINY_BENCH = (
-    "--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --repeats=3 --warmup=1 --device=cpu".split()
+    "--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --new_tokens=4 --repeats=3 --warmup=1 "
+    "--device=cpu".split()
 )
 
 
 def test_bench_predicts_then_measures_and_ends_with_one_json_line(capsys, monkeypatch):
     now = iter(range(1000))
-    seconds = {True: 1, False: 4}  # of a MoD step, of a dense step
+    seconds = {True: 1, False: 4}  # of MoD, of dense
 
-    def clocked(step, device):
-        step()
-        return seconds[next(now) % 2 == 0]
+    def clocked(work, device):
+        return seconds[next(now) % 2 == 0], work()
 
     monkeypatch.setattr(bench, "clocked", clocked)
-    bench.main(TINY_BENCH)
+    bench.main([*TINY_BENCH, "--part=training"])
     predicted, measured, _, last = capsys.readouterr().out.splitlines()
-    assert predicted.startswith("Predicted: a MoD step has 0.") and measured.endswith("ratio 0.250")
+    assert "predicted: a MoD step has 0." in predicted and measured.endswith("ratio 0.250")
     figures = json.loads(last)
     config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=65)
     ratio = forward_flops(config, 16) / forward_flops(dataclasses.replace(config, route_every=0), 16)
@@ -568,8 +665,69 @@ def test_bench_predicts_then_measures_and_ends_with_one_json_line(capsys, monkey
     assert {"device", "torch", "threads"} <= figures.keys()
 
 
-def test_bench_times_the_step_itself():
-    assert 0.05 <= bench.clocked(lambda: time.sleep(0.05), "cpu") < 1
+def test_bench_of_sampling_adds_its_figures(capsys):
+    bench.main(TINY_BENCH)
+    *lines, last = capsys.readouterr().out.splitlines()
+    kinds = [word for line in lines for word in ("predicted", "measured") if word in line]
+    assert kinds == ["predicted", "measured"] * 3
+    figures = json.loads(last)
+    asked = "train_time_ratio train_flop_ratio decode_speedup decode_ideal_speedup cache_bytes_ratio device torch"
+    assert set(asked.split()) <= figures.keys() and figures["decode_speedup"] > 0
+    for part in (figures, figures["batch_16"]):
+        speed = {name: part[name]["tokens_per_second"] for name in ("mod", "dense")}
+        assert math.isclose(part["decode_speedup"], speed["mod"] / speed["dense"], rel_tol=1e-3)
+        assert part["cache_bytes_ratio"] == round(part["mod"]["cache_bytes"] / part["dense"]["cache_bytes"], 4)
+    assert figures["dense"]["cache_bytes"] == 2 * 2 * 32 * 16 * 4  # blocks, keys and values, a chunk, n_embd, float32
+
+
+def test_bench_brings_the_predictors_to_the_capacity():
+    machine = bench.resolve(TrainConfig(device="cpu"))
+    options = bench.BenchConfig(new_tokens=48)
+    model = bench.sampling_model(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=2, n_embd=32), machine)
+    run = bench.generate(model, 16, 0, bench.Limits(1.0, 1.0, 4), options=dataclasses.replace(options, block_size=64),
+                         machine=machine)  # fmt: skip
+    assert abs(run["taken"] - 0.125) < 0.04
+
+
+def test_the_benchs_ideal_is_the_sum_over_blocks_of_the_slower_of_compute_and_memory():
+    config = GPTConfig(block_size=8, vocab_size=10, n_layer=2, n_head=1, n_embd=4, predictor_hidden=3)
+    limits = bench.Limits(peak=100.0, bandwidth=50.0, itemsize=4)
+    rest = 4 * (4 + 4 * 3 + 3) / 50 + 4 * 4 * 10 / 50  # the predictor and the head: memory decides for two rows
+    weights = 12 * 4 * 4
+    ordinary = [max((24 * 2 * 16 + 4 * 4 * held) / 100, 4 * (weights + 2 * 4 * held) / 50) for held in (2 + 6, 3 + 7)]
+    routed = [0.0, max((24 * 16 + 4 * 4 * 5) / 100, 4 * (weights + 2 * 4 * 5) / 50)]  # no row, then the second
+    lengths = [[[1, 5], [0, 4]], [[2, 6], [0, 4]], [[3, 7], [0, 5]]]
+    assert math.isclose(bench.ideal_step(config, lengths, limits), (sum(ordinary) + sum(routed)) / 2 + rest)
+    fast_memory = bench.Limits(peak=100.0, bandwidth=1e12, itemsize=4)
+    assert math.isclose(fast_memory.block(config, 2, 8), (24 * 2 * 16 + 4 * 4 * 8) / 100)
+    dense = dataclasses.replace(config, route_every=0)
+    full = limits.block(config, 1, 8)
+    assert math.isclose(bench.expected_step(dense, 1, limits), 2 * full + 4 * 40 / 50)
+    some = 0.125 * limits.block(config, 1, 0.125 * 8)
+    assert math.isclose(bench.expected_step(config, 1, limits), full + some + rest)
+
+
+def test_bench_check_reports_what_differs_or_fails(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        bench.main(["--check", "--device=cpu"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0 and all(line.endswith("same") for line in lines) and "none of 10 different" in last
+
+    gather, calls = torch.Tensor.gather, itertools.count()
+    monkeypatch.setattr(torch.Tensor, "gather", lambda *a: gather(*a) + next(calls) % 2)  # right, wrong, right, ...
+    with pytest.raises(SystemExit) as end:
+        bench.main(["--check", "--device=cpu"])
+    assert end.value.code == 1 and re.search(r"gather +DIFFERENT by up to 1\n", capsys.readouterr().out)
+    monkeypatch.undo()
+
+    monkeypatch.setattr(bench, "pick_device", lambda name: "meta")  # knows no numbers: nothing can be fetched from it
+    assert bench.check(bench.BenchConfig()) == 10
+    assert "gather                           FAILED: " in capsys.readouterr().out
+
+
+def test_bench_times_the_work_and_hands_on_its_result():
+    seconds, result = bench.clocked(lambda: time.sleep(0.05) or "done", "cpu")
+    assert 0.05 <= seconds < 1 and result == "done"
 
 
 # Mistakes: one line that says what was got, what was expected, what to do; exit code 1; nothing changed on disk
@@ -702,8 +860,18 @@ def test_mistakes_with_sample(tiny, tmp_path):
     assert "does not know ['#', 'Q'] in the prompt; it knows '\\n abc" in told(sample, [*argv, "--start=Q#a"])
     assert "cannot read the prompt file" in told(sample, [*argv, "--start=FILE:nothing"])
     assert "temperature must be a finite number, at least 0; got -1.0" in told(sample, [*argv, "--temperature=-1"])
+    assert "top_p is a probability in (0, 1], got 0" in told(sample, [*argv, "--top_p=0"])
+    assert "routing_map is a file that ends with .png or .svg or .pdf" in told(sample, [*argv, "--routing_map=a.bmp"])
+    assert "depth_svg is a file that ends with .svg, got a.png" in told(sample, [*argv, "--depth_svg=a.png"])
+    folder = tmp_path / "nothing"
+    assert f"there is no folder {folder}; make it" in told(sample, [*argv, f"--depth_svg={folder / 'a.svg'}"])
+    (tmp_path / "folder.png").mkdir()
+    assert "cannot write the picture" in told(sample, [*argv, f"--routing_map={tmp_path / 'folder.png'}"])
     assert "unknown option --temprature; did you mean --temperature?" in told(sample, [*argv, "--temprature=1"])
     assert "no checkpoint" in told(sample, [f"--out_dir={tmp_path / 'nothing'}"])
+    train.train(dataclasses.replace(tiny, route_every=0))
+    for wish in ("--show_depth", "--routing_map=a.png", "--depth_svg=a.svg"):
+        assert "holds a dense model: every token goes through every block" in told(sample, [*argv, wish])
 
 
 def test_a_damaged_checkpoint_is_never_loaded(tiny):
@@ -754,6 +922,8 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(tiny, tmp_path):
 
 def test_mistakes_with_bench():
     assert "repeats must be at least 1, got 0" in told(bench, [*TINY_BENCH, "--repeats=0"])
+    assert "new_tokens must leave room for a prompt in block_size 16" in told(bench, [*TINY_BENCH, "--new_tokens=16"])
+    assert "part must be one of both, training, sampling; got 'all'" in told(bench, [*TINY_BENCH, "--part=all"])
     assert "route_every 5 routes none of 2 blocks" in told(bench, [*TINY_BENCH, "--route_every=5"])
     assert "capacity is a fraction in (0, 1], got 2" in told(bench, [*TINY_BENCH, "--capacity=2"])
 
