@@ -268,13 +268,14 @@ class LayerCache:
     The keys and values that one block has computed, for sampling. Row b holds length[b] tokens, in time order: every
     token in an ordinary block, in a routed block only those that it took, so there each row has its own length.
 
-    The storage is one rectangle, as long as the longest row needs. It grows by CHUNK tokens at a time: a routed block
-    of a long text never allocates what it does not use, and few tokens cause a copy.
+    The storage is one rectangle, long enough for the longest row. It grows as it is needed, by half of what is there
+    and at least CHUNK tokens: growing means copying, so it must not happen at every few tokens.
     """
 
     CHUNK = 32
 
-    def __init__(self, batch_size):
+    def __init__(self, batch_size, block_size):
+        self.block_size = block_size
         self.length = [0] * batch_size  # Python's numbers: read without waiting for a GPU
         self.k = self.v = None  # (batch_size, nh, allocated tokens, hs)
 
@@ -313,20 +314,20 @@ class LayerCache:
         allocated = 0 if self.k is None else self.k.size(2)
         if tokens <= allocated:
             return
-        shape = len(self.length), like.size(1), math.ceil(tokens / self.CHUNK) * self.CHUNK, like.size(3)
+        more = math.ceil(max(tokens - allocated, allocated / 2) / self.CHUNK) * self.CHUNK
+        more = max(tokens, min(allocated + more, self.block_size)) - allocated  # no row is longer than block_size
         # Zeros, not empty: a masked token has weight 0, but 0 times the NaN that memory may hold would be NaN.
-        k, v = like.new_zeros(shape), like.new_zeros(shape)
-        if allocated:
-            k[:, :, :allocated], v[:, :, :allocated] = self.k, self.v
-        self.k, self.v = k, v
+        room = like.new_zeros(len(self.length), like.size(1), more, like.size(3))
+        self.k = torch.cat((self.k, room), dim=2) if allocated else room
+        self.v = torch.cat((self.v, room), dim=2) if allocated else room.clone()
 
 
 class KVCache:
     """What sampling keeps of batch_size texts: tokens[b], how many tokens of row b were read, and a cache per block."""
 
-    def __init__(self, n_layer, batch_size):
+    def __init__(self, config, batch_size):
         self.tokens = [0] * batch_size
-        self.layers = [LayerCache(batch_size) for _ in range(n_layer)]
+        self.layers = [LayerCache(batch_size, config.block_size) for _ in range(config.n_layer)]
 
     @property
     def nbytes(self):
@@ -540,7 +541,7 @@ class GPT(nn.Module):
                     text.append(t)
 
     def new_cache(self, batch_size):
-        return KVCache(self.config.n_layer, batch_size)
+        return KVCache(self.config, batch_size)
 
     def prefill(self, prompts, cache, rows=None):
         """

@@ -681,13 +681,28 @@ def test_storage_follows_what_is_used():
     assert [layer.nbytes for layer in cache.layers] == [chunk * per_token, 0] * 2
     cache.clear([0])
     assert cache.nbytes == 0
-    layer = mod.LayerCache(2)
-    for used in range(1, 3 * chunk):
+    layer, sizes = mod.LayerCache(2, block_size=10 * chunk), set()
+    for used in range(1, 10 * chunk + 1):
         k = torch.full((1, 2, 1, 8), float(used), dtype=torch.float64)
         keys, values, mask = layer.append(k, -k, [1], [1])
         assert keys[0, 0, :, 0].tolist() == list(range(1, used + 1)) and torch.equal(values, -keys) and mask is None
-        assert layer.nbytes == math.ceil(used / chunk) * chunk * 2 * per_token
-    assert layer.length == [0, 3 * chunk - 1]
+        allocated = layer.nbytes / (2 * per_token)
+        sizes.add(allocated)
+        assert used <= allocated <= min(1.5 * used + chunk, 10 * chunk)
+    assert layer.length == [0, 10 * chunk] and len(sizes) < 8  # each new size was a copy
+
+
+def test_rows_of_a_cache_can_be_used_in_any_order():
+    model, cache = make(), make().new_cache(3)
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    first = model.prefill(prompts, cache)
+    second = model.step(torch.tensor([10, 11, 12]), cache)
+    other = model.new_cache(3)
+    assert close(model.prefill([prompts[2], prompts[0], prompts[1]], other, [2, 0, 1]), first[[2, 0, 1]])
+    assert close(model.step(torch.tensor([11]), other, [1]), second[[1]])
+    assert close(model.step(torch.tensor([12, 10]), other, [2, 0]), second[[2, 0]])
+    third = model.step(torch.tensor([13, 14, 15]), cache)
+    assert close(model.step(torch.tensor([15, 14, 13]), other, [2, 1, 0]), third[[2, 1, 0]])
 
 
 def test_what_memory_held_before_does_not_reach_a_text():
