@@ -37,14 +37,15 @@ class PlainPrinter:
 
 class DepthPrinter(PlainPrinter):
     """
-    Prints a text token by token, with the depth of each: by colour, or, where the terminal has none (a file, a pipe,
-    NO_COLOR), by a line of marks under each line of text.
+    Prints a text token by token, with the depth of each: by colour, or, where there is none or too little (a file, a
+    pipe, NO_COLOR, a terminal of 16 colours), by a line of marks under each line of text.
     """
 
     def __init__(self, routed, console=None):
         self.routed = routed
         self.console = console or Console(highlight=False)
-        self.colour = self.console.color_system is not None and not self.console.no_color
+        # With 16 colours several depths would look the same.
+        self.colour = self.console.color_system in ("256", "truecolor") and not self.console.no_color
         self.column = 0
         self.line = self.marks = ""  # what waits for the end of the line, where there is no colour
 
@@ -67,7 +68,7 @@ class DepthPrinter(PlainPrinter):
             self.print(piece, depth)
         else:
             self.line += piece
-            self.marks += mark(depth).ljust(width)
+            self.marks += mark(depth).ljust(width)[:width]
         if piece.endswith(END_OF_LINE):
             self.new_line()
 
@@ -152,5 +153,5 @@ def routing_map(taken, pieces, layers, path):
             spine.set_visible(False)
     share = taken.mean()
     figure.suptitle(f"Dark: the block processed the token ({share:.0%} of all). Light: the token went around it.")
-    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=110))
+    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower(), dpi=110))
     plt.close(figure)

@@ -7,7 +7,8 @@ transformer-based language models", arXiv:2404.02258. A comment that names a sec
 Read from top to bottom: the config; attention, MLP and block, as in GPT-2; the routed block, which is the paper; the
 FLOP count; the KV cache; the GPT and, at its end, sampling. Wherever `past` stands, it is for sampling with a cache and
 None in training. The letters, everywhere: B batch, T time (tokens of a sequence), C channels (n_embd), nh heads,
-hs head size, k capacity in tokens (the tokens that a routed block processes), S tokens that a cache holds.
+hs head size, k capacity in tokens (the tokens that a routed block processes). With a cache: n rows of it that a call is
+about, S tokens that it holds.
 """
 
 import contextlib
@@ -83,7 +84,7 @@ class CausalSelfAttention(nn.Module):
         if past is not None:
             k, v, mask = past.cache.append(k, v, past.rows, past.count)  # (B, nh, S, hs), with the tokens before
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=past is None)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -131,6 +132,7 @@ class RoutedBlock(Block):
     After a forward pass the block holds what it decided, for whoever wants to look:
         taken   (B, T) bool   the tokens that it processed
         logits  (B, T)        the causal decision, positive: take
+    With a cache they are about the new tokens of the last call, for the rows of that call.
 
     The controls rank by something else than r (`scores`). The gate stays r, and no decision is trained:
         stochastic   top-k of Gaussian noise, new at each pass; causal: a token enters with probability `capacity`,
@@ -171,16 +173,18 @@ class RoutedBlock(Block):
     def process_positive(self, x, r, past=None):
         """Equation (1) with the tokens of positive logits as the picked ones; a row that has none costs nothing."""
         self.taken = self.logits > 0  # (B, T)
-        if past is not None and r.size(1) > 1:
-            self.taken &= past.real(r)  # the padding of a shorter prompt is no token
-        count = self.taken.sum(dim=1).tolist()
-        rows = [row for row, n in enumerate(count) if n > 0]
-        if not rows:
+        if past is not None and r.size(1) > 1:  # a single step has no padding
+            real = torch.tensor(past.count, device=x.device)[:, None]
+            self.taken &= torch.arange(x.size(1), device=x.device) < real  # the padding of a shorter prompt is no token
+        count = self.taken.sum(dim=1).tolist()  # how many tokens each row takes
+        entering = [row for row, taken in enumerate(count) if taken > 0]
+        if not entering:
             return x
         if past is not None:
-            past = past.part(rows, count)
-        part = torch.tensor(rows, device=x.device)
-        return x.index_copy(0, part, self.process(x[part], *self.pick_causal(r[part], self.taken[part]), past))
+            past = past.of(entering, count)
+        part = torch.tensor(entering, device=x.device)
+        picked, weight = self.pick_causal(r[part], self.taken[part], max(count))  # (rows entering, k) each
+        return x.index_copy(0, part, self.process(x[part], picked, weight, past))
 
     def update(self, x, past=None):
         """f in equation (1): what an ordinary block adds to x (B, k, C), without x itself; its MLP sees x + h."""
@@ -196,16 +200,13 @@ class RoutedBlock(Block):
         self.taken = torch.zeros_like(r, dtype=torch.bool).scatter(1, picked, True)  # (B, T)
         return picked, r.gather(1, picked)
 
-    def pick_causal(self, r, taken):
-        """The tokens taken, and their weights, (B, k) each; k is the count of the fullest row."""
-        count = taken.sum(dim=1, keepdim=True)  # (B, 1)
-        k = int(count.max())
+    def pick_causal(self, r, taken, k):
+        """The tokens taken, and their weights, (B, k) each; k is what the fullest row takes."""
         # Taken tokens first, in time order (stable); then, in rows with fewer than k, tokens that were not taken, as
         # padding. No taken token sees the padding, which stands after them, and its weight of 0 leaves it as it was.
         # Sorted as int: not every device sorts bool.
         picked = (~taken).int().argsort(dim=1, stable=True)[:, :k]  # (B, k)
-        padding = torch.arange(k, device=r.device) >= count  # (B, k)
-        return picked, r.gather(1, picked).masked_fill(padding, 0.0)
+        return picked, r.masked_fill(~taken, 0.0).gather(1, picked)
 
     def scores(self, r):
         """What top-k ranks (B, T)."""
@@ -286,27 +287,29 @@ class LayerCache:
 
     def append(self, k, v, rows, count):
         """
-        Add the first count[i] tokens of k[i] and v[i] (n, nh, T, hs) to row rows[i].
+        Add the first count[i] of the T new tokens k[i] and v[i] (n, nh, T, hs) to row rows[i]; the others are padding.
 
         Returns all keys and values of these rows (n, nh, S, hs), S being the longest row's length, and the mask
-        (n, 1, T, S) that lets a token see itself and those before it; None where everything may be seen.
+        (n, 1, T, S) that lets a token see itself and those before it. None where it takes no mask: for the first tokens
+        of all these rows (is_causal does it), and for one token each in rows of one length (which sees everything).
         """
         T = k.size(2)
         start = [self.length[row] for row in rows]
         S = max(start) + T
         self.reserve(S, k)
-        slot = torch.tensor(start)[:, None] + torch.arange(T)  # (n, T)
-        row = torch.tensor(rows, device=k.device)  # (n,)
+        row = torch.tensor(rows, device=k.device)
+        part = slice(None) if rows == list(range(len(self.length))) else row  # all rows: a view instead of a copy
+        slot = torch.tensor(start, device=k.device)[:, None] + torch.arange(T, device=k.device)  # (n, T)
         # Padding is stored too, after the row's own tokens: the mask hides it, the row's next tokens overwrite it.
-        where = row[:, None], slice(None), slot.to(k.device)
-        self.k[where] = k.transpose(1, 2)  # (n, T, nh, hs)
-        self.v[where] = v.transpose(1, 2)
+        if min(start) == max(start):
+            self.k[part, :, S - T : S], self.v[part, :, S - T : S] = k, v
+        else:  # indices with a slice between them give (n, T, nh, hs)
+            self.k[row[:, None], :, slot], self.v[row[:, None], :, slot] = k.transpose(1, 2), v.transpose(1, 2)
         for b, n in zip(rows, count):
             self.length[b] += n
         mask = None
-        if T > 1 or min(start) < max(start):
-            mask = (torch.arange(S) <= slot[:, None, :, None]).to(k.device)  # (n, 1, T, S)
-        part = slice(None) if rows == list(range(len(self.length))) else row  # all rows: a view instead of a copy
+        if S > T and (T > 1 or min(start) < max(start)):
+            mask = torch.arange(S, device=k.device) <= slot[:, None, :, None]  # (n, 1, T, S)
         return self.k[part, :, :S], self.v[part, :, :S], mask
 
     def reserve(self, tokens, like):
@@ -314,19 +317,19 @@ class LayerCache:
         allocated = 0 if self.k is None else self.k.size(2)
         if tokens <= allocated:
             return
-        more = math.ceil(max(tokens - allocated, allocated / 2) / self.CHUNK) * self.CHUNK
-        more = max(tokens, min(allocated + more, self.block_size)) - allocated  # no row is longer than block_size
+        size = math.ceil(max(tokens, 1.5 * allocated) / self.CHUNK) * self.CHUNK
+        size = max(tokens, min(size, self.block_size))  # no row is longer than block_size
         # Zeros, not empty: a masked token has weight 0, but 0 times the NaN that memory may hold would be NaN.
-        room = like.new_zeros(len(self.length), like.size(1), more, like.size(3))
+        room = like.new_zeros(len(self.length), like.size(1), size - allocated, like.size(3))
         self.k = torch.cat((self.k, room), dim=2) if allocated else room
         self.v = torch.cat((self.v, room), dim=2) if allocated else room.clone()
 
 
 class KVCache:
-    """What sampling keeps of batch_size texts: tokens[b], how many tokens of row b were read, and a cache per block."""
+    """What sampling keeps of batch_size texts: read[b], how many tokens of row b it has read, and a cache per block."""
 
     def __init__(self, config, batch_size):
-        self.tokens = [0] * batch_size
+        self.read = [0] * batch_size
         self.layers = [LayerCache(batch_size, config.block_size) for _ in range(config.n_layer)]
 
     @property
@@ -337,7 +340,7 @@ class KVCache:
     def clear(self, rows):
         """Forget what these rows have read."""
         for row in rows:
-            self.tokens[row] = 0
+            self.read[row] = 0
         for layer in self.layers:
             for row in rows:
                 layer.length[row] = 0
@@ -348,12 +351,12 @@ class KVCache:
 @dataclass
 class Past:
     """
-    What the new tokens x (n, T, C) of a pass with a cache are added to, in one block.
+    A block's cache as one pass sees it: which rows of it the new tokens x (n, T, C) belong to.
 
     cache     the block's LayerCache
-    rows      n numbers: the rows of the cache that they belong to, each once
-    count     n numbers: how many of a row's T tokens are real; the others, at its end, are padding
-    position  (n, T): where they stand in their texts
+    rows      for each row of x its row in the cache
+    count     for each row of x how many of the T tokens are real; the others, at its end, are padding
+    position  (n, T) where the tokens stand in their windows
     """
 
     cache: LayerCache
@@ -361,13 +364,10 @@ class Past:
     count: list
     position: torch.Tensor
 
-    def real(self, x):
-        """True for the tokens of x (n, T) that are no padding."""
-        return torch.arange(x.size(1), device=x.device) < torch.tensor(self.count, device=x.device)[:, None]
-
-    def part(self, rows, count):
-        """The same for some of the rows, of which the block takes count[row] tokens."""
-        return Past(self.cache, [self.rows[row] for row in rows], [count[row] for row in rows], self.position[rows])
+    def of(self, entering, count):
+        """The same for the rows of x in `entering`; the block takes count[row] tokens of a row of x."""
+        rows = [self.rows[row] for row in entering]
+        return Past(self.cache, rows, [count[row] for row in entering], self.position[entering])
 
 
 def pick_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -385,7 +385,8 @@ def pick_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         )
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    # The largest becomes 0 first: divided by a tiny temperature it would overflow.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k > 0:
         kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
         logits = logits.masked_fill(logits < kth_best, -math.inf)
@@ -401,11 +402,13 @@ def pick_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 def evaluating(model):
     """Evaluation mode (no dropout) for a while."""
     training = model.training
-    model.eval()
+    if training:  # switching goes through all modules: not at every step
+        model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        if training:
+            model.train()
 
 
 class GPT(nn.Module):
@@ -490,7 +493,8 @@ class GPT(nn.Module):
 
         The plain definition of sampling: one whole pass per new token. When the window is full it restarts from its
         last block_size // 2 tokens; a window that slides by one token would shift every position, and with it all that
-        was computed before. `generate` gives the same tokens for the same seed, faster. Options: `pick_token`.
+        was computed before. `generate` does the same faster. Its numbers are equal up to rounding, so for the same seed
+        its tokens are the same unless rounding decides between two. Options: see `pick_token`.
         """
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         start = 0
@@ -505,43 +509,40 @@ class GPT(nn.Module):
         return idx
 
     def generate(self, idx, max_new_tokens, **options):
-        """The same with a KV cache: what was computed for a token is kept, so each new token costs one step."""
+        """The same with a KV cache: what was computed for a token is kept, and each new token costs one step."""
         tokens = list(self.stream(idx, max_new_tokens, **options))
         return torch.stack([*idx.unbind(1), *tokens], dim=1)
 
-    @torch.no_grad()
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=None, cache=None):
         """
         Continue each of the B prompts, yielding the B new tokens (B,) as soon as they are there, max_new_tokens times.
 
         prompts: a tensor (B, T), or a list of prompts of different lengths; a row whose window is full restarts alone.
-        Give a `new_cache(B)` of your own to look at it on the way. With prompts of one length, `taken` of the routed
-        blocks is about the prompts (B, T) at the first yield; from then on its last column is about the token read.
+        Give a KVCache(config, B) of your own to look at it on the way. With prompts of one length, the routed blocks'
+        `taken` is about the prompts (B, T) at the first yield; from then on its last column is about the token read.
         """
-        block_size, device = self.config.block_size, self.lm_head.weight.device
-        texts = [[int(token) for token in prompt] for prompt in prompts]
+        block_size = self.config.block_size
+        texts = [torch.as_tensor(prompt).tolist() for prompt in prompts]
         rows = range(len(texts))
-        cache = cache or self.new_cache(len(texts))
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        with evaluating(self):
-            for i in range(max_new_tokens):
-                fresh = [row for row in rows if i == 0 or cache.tokens[row] == block_size]
-                going_on = [row for row in rows if row not in fresh]
-                logits = self.lm_head.weight.new_empty(len(texts), self.config.vocab_size)  # (B, vocab_size)
-                if fresh:
-                    windows = [texts[row] for row in fresh]
-                    windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
-                    logits[fresh] = self.prefill(windows, cache, fresh)
-                if going_on:
-                    last = torch.tensor([texts[row][-1] for row in going_on])
-                    logits[going_on] = self.step(last, cache, going_on)
-                token = pick_token(logits, temperature, top_k, top_p, generator)  # (B,)
-                yield token
-                for text, t in zip(texts, token.tolist()):
-                    text.append(t)
-
-    def new_cache(self, batch_size):
-        return KVCache(self.config, batch_size)
+        cache = cache or KVCache(self.config, len(texts))
+        if len(cache.read) != len(texts):
+            raise ValueError(f"the cache has {len(cache.read)} rows, and there are {len(texts)} prompts")
+        generator = None if seed is None else torch.Generator(self.lm_head.weight.device).manual_seed(seed)
+        for i in range(max_new_tokens):
+            fresh = [row for row in rows if i == 0 or cache.read[row] == block_size]
+            going_on = [row for row in rows if row not in fresh]
+            logits = []
+            if fresh:
+                windows = [texts[row] for row in fresh]
+                windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
+                logits.append(self.prefill(windows, cache, fresh))
+            if going_on:
+                logits.append(self.step(torch.tensor([texts[row][-1] for row in going_on]), cache, going_on))
+            logits = torch.cat(logits)[torch.tensor(fresh + going_on).argsort()]  # (B, vocab_size), in order of rows
+            token = pick_token(logits, temperature, top_k, top_p, generator)  # (B,)
+            yield token
+            for text, t in zip(texts, token.tolist()):
+                text.append(t)
 
     def prefill(self, prompts, cache, rows=None):
         """
@@ -559,21 +560,26 @@ class GPT(nn.Module):
     def step(self, token, cache, rows=None):
         """Read one more token (n,) into each of the rows; returns the logits that follow it (n, vocab_size)."""
         rows = list(range(len(token))) if rows is None else rows
-        full = [row for row in rows if cache.tokens[row] >= self.config.block_size]
+        full = [row for row in rows if cache.read[row] >= self.config.block_size]
         if full:
             raise ValueError(f"rows {full} have read block_size = {self.config.block_size} tokens; prefill them anew")
         return self.extend(token[:, None], cache, rows, [1] * len(rows))
 
     @torch.no_grad()
     def extend(self, idx, cache, rows, count):
-        """The causal pass over new tokens idx (n, T) of some rows, of which count[i] are real, the others padding."""
+        """
+        The causal pass over new tokens idx (n, T) of some rows, of which count[i] are real, the others padding.
+
+        Always without dropout and gradient: what it leaves in the cache is meant for later calls.
+        """
         device = self.lm_head.weight.device
-        position = torch.tensor([cache.tokens[row] for row in rows])[:, None] + torch.arange(idx.size(1))  # (n, T)
+        position = torch.tensor([cache.read[row] for row in rows])[:, None] + torch.arange(idx.size(1))  # (n, T)
         position = position.to(device)
-        x = self.transformer.drop(self.transformer.wte(idx.to(device)) + self.transformer.wpe(position))  # (n, T, C)
-        for block, layer in zip(self.transformer.h, cache.layers):
-            x = block(x, "causal", Past(layer, rows, count, position))
+        with evaluating(self):
+            x = self.transformer.wte(idx.to(device)) + self.transformer.wpe(position)  # (n, T, C)
+            for block, layer in zip(self.transformer.h, cache.layers):
+                x = block(x, "causal", Past(layer, rows, count, position))
         for row, n in zip(rows, count):
-            cache.tokens[row] += n
-        last = x[torch.arange(len(rows)), torch.tensor(count) - 1]  # (n, C)
+            cache.read[row] += n
+        last = x[torch.arange(len(rows)), torch.tensor(count) - 1]  # (n, C), each row's last real token
         return self.lm_head(self.transformer.ln_f(last))

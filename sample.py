@@ -18,6 +18,7 @@ import torch
 import checkpoint
 import depth
 from configurator import UserError, load, option, pick_device
+from mod import KVCache
 
 
 @dataclass
@@ -51,6 +52,7 @@ def sample(config):
     check(config, pictures)
     model, info = checkpoint.load(Path(config.out_dir), "best", pick_device(config.device))
     vocab = info["data"]["vocab"]
+    unknown = ["\N{REPLACEMENT CHARACTER}"] * (model.config.vocab_size - len(vocab))  # padding of the vocabulary
     layers = [layer for layer in range(model.config.n_layer) if model.config.is_routed(layer)]
     if not layers and (config.show_depth or pictures):
         raise UserError(f"{config.out_dir} holds a dense model: every token goes through every block, nothing to show")
@@ -58,7 +60,7 @@ def sample(config):
 
     printer = depth.DepthPrinter(len(layers)) if config.show_depth else depth.PlainPrinter()
     printer.legend()
-    texts, taken, seconds, cache_bytes = follow(model, prompt, vocab, config, printer)
+    texts, taken, seconds, cache_bytes = follow(model, prompt, vocab + unknown, config, printer)
     unread = len(texts[0]) - taken.size(2)
     depths = [[None] * unread + row for row in taken.sum(dim=0).tolist()]
     for text, row in zip(texts[1:], depths[1:]):
@@ -78,7 +80,7 @@ def sample(config):
             depth.save_svg(texts[0], depths[0], len(layers), pictures["depth_svg"])
         if config.routing_map:
             depth.routing_map(taken[:, 0].numpy(), texts[0][unread:], layers, pictures["routing_map"])
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: matplotlib's, for a text too long to draw
         raise UserError(f"cannot write the picture: {error}") from None
     return ["".join(text) for text in texts]
 
@@ -91,7 +93,7 @@ def follow(model, prompt, vocab, config, printer):
     tokens read); the seconds spent after the prompt was read; the most bytes that the cache had.
     """
     texts = [[vocab[t] for t in prompt] for _ in range(config.num_samples)]
-    cache = model.new_cache(config.num_samples)
+    cache = KVCache(model.config, config.num_samples)
     taken, seconds, cache_bytes = [], 0.0, 0
     # One token more than asked for, and printing is one step behind: what the blocks decide about a token is known when
     # they have read it.
@@ -103,7 +105,7 @@ def follow(model, prompt, vocab, config, printer):
         if i > 0:
             seconds += time.perf_counter() - clock
         cache_bytes = max(cache_bytes, cache.nbytes)
-        new = cache.tokens[0] if i == 0 else 1  # tokens read; of a prompt longer than the window its last part only
+        new = cache.read[0] if i == 0 else 1  # tokens read; of a prompt longer than the window its last part only
         blocks = [block.taken[:, -new:].cpu() for block in model.routed_blocks]
         taken.append(torch.stack(blocks) if blocks else torch.zeros(0, config.num_samples, new, dtype=torch.bool))
         if i == 0:
@@ -125,10 +127,12 @@ def check(config, pictures):
         raise UserError(f"top_p is a probability in (0, 1], got {config.top_p}")
     endings = {"depth_svg": (".svg",), "routing_map": (".png", ".svg", ".pdf")}
     for name, path in pictures.items():
-        if path.suffix not in endings[name]:
+        if path.suffix.lower() not in endings[name]:
             raise UserError(f"{name} is a file that ends with {' or '.join(endings[name])}, got {path}")
         if not path.parent.is_dir():
             raise UserError(f"{name}: there is no folder {path.parent}; make it first")
+    if len(set(pictures.values())) < len(pictures):
+        raise UserError(f"depth_svg and routing_map cannot both be {pictures['depth_svg']}; name two files")
 
 
 def read_prompt(start):

@@ -580,6 +580,7 @@ def test_sampling_follows_seed_and_temperature():
         (dict(top_p=0.65), [0, 4 / 7, 0, 3 / 7]),
         (dict(top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9]),
         (dict(top_p=1.0), [0.1, 0.4, 0.2, 0.3]),
+        (dict(temperature=1e-40), [0, 1, 0, 0]),
         (dict(top_k=3, top_p=0.7), [0, 4 / 7, 0, 3 / 7]),  # 0.4 + 0.3 of 0.9: 0.78
     ],
 )
@@ -588,6 +589,10 @@ def test_tokens_are_drawn_with_these_probabilities(options, expected):
     drawn = pick_token(logits, **options, generator=torch.Generator().manual_seed(1)).bincount(minlength=4) / 20_000
     assert close(drawn.double(), torch.tensor(expected, dtype=torch.float64), 0.015)
     assert [p == 0 for p in drawn] == [p == 0 for p in expected]
+
+
+def test_top_p_keeps_no_token_more_than_it_needs():
+    assert len(pick_token(torch.zeros(1000, 4), top_p=0.5).unique()) == 2  # 0.25 each
 
 
 @pytest.mark.parametrize("method", ["generate", "generate_uncached"])
@@ -657,7 +662,7 @@ def test_a_routed_block_keeps_and_computes_only_what_it_takes():
     computed, taken = collections.Counter(), collections.Counter()
     for i, block in enumerate(model.routed_blocks):
         block.mlp.register_forward_hook(lambda module, args, out, i=i: computed.update({i: args[0].shape[:2].numel()}))
-    cache = model.new_cache(4)
+    cache = mod.KVCache(model.config, 4)
     logits = model.prefill(tokens(B=4, T=9).tolist(), cache)
     prefilled = [list(layer.length) for layer in cache.layers]
     assert prefilled[1::2] == [b.taken.sum(1).tolist() for b in model.routed_blocks] and prefilled[::2] == [[9] * 4] * 3
@@ -673,7 +678,7 @@ def test_a_routed_block_keeps_and_computes_only_what_it_takes():
 def test_storage_follows_what_is_used():
     model = make()
     per_token = 2 * 16 * 8  # keys and values, n_embd, float64
-    cache, chunk = model.new_cache(1), mod.LayerCache.CHUNK
+    cache, chunk = mod.KVCache(model.config, 1), mod.LayerCache.CHUNK
     assert cache.nbytes == 0
     for block in model.routed_blocks:
         block.predictor[-1].bias.data.fill_(-1e3)
@@ -693,11 +698,11 @@ def test_storage_follows_what_is_used():
 
 
 def test_rows_of_a_cache_can_be_used_in_any_order():
-    model, cache = make(), make().new_cache(3)
+    model, cache = make(), mod.KVCache(make().config, 3)
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
     first = model.prefill(prompts, cache)
     second = model.step(torch.tensor([10, 11, 12]), cache)
-    other = model.new_cache(3)
+    other = mod.KVCache(model.config, 3)
     assert close(model.prefill([prompts[2], prompts[0], prompts[1]], other, [2, 0, 1]), first[[2, 0, 1]])
     assert close(model.step(torch.tensor([11]), other, [1]), second[[1]])
     assert close(model.step(torch.tensor([12, 10]), other, [2, 0]), second[[2, 0]])
@@ -715,12 +720,32 @@ def test_what_memory_held_before_does_not_reach_a_text():
         torch.use_deterministic_algorithms(False)
 
 
-def test_an_abandoned_stream_leaves_the_training_mode():
-    model = make().train()
-    stream = model.stream(tokens(B=2, T=5), 10)
-    next(stream)
-    stream.close()
-    assert model.training and torch.is_grad_enabled()
+def test_streams_side_by_side_and_single_steps_are_without_dropout_or_gradient_and_leave_the_training_mode():
+    model, prompt = make(dropout=0.5).train(), tokens(B=2, T=5)
+    expected = list(make().generate(prompt, 9, temperature=0)[:, 5:].T)
+    short, long = model.stream(prompt, 3, temperature=0), model.stream(prompt, 9, temperature=0)
+    got = []
+    for token in long:
+        got.append(token)
+        next(short, None)
+        assert model.training and torch.is_grad_enabled()
+    assert torch.equal(torch.stack(got), torch.stack(expected))
+    cache, other = mod.KVCache(model.config, 2), mod.KVCache(model.config, 2)
+    for logits, again in (
+        (model.prefill(prompt.tolist(), cache), model.prefill(prompt.tolist(), other)),
+        (model.step(prompt[:, 0], cache), model.step(prompt[:, 0], other)),
+    ):
+        assert torch.equal(logits, again) and not logits.requires_grad
+
+
+@pytest.mark.parametrize("model", [make().float(), make().bfloat16()], ids=["autocast", "bfloat16"])
+def test_sampling_in_bfloat16(model):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        prompts = [[1, 2, 3], [4]]
+        cache = mod.KVCache(model.config, 2)
+        text = torch.stack(list(model.stream(prompts, 40, seed=1, cache=cache)))
+        assert text.shape == (40, 2) and cache.layers[0].k.dtype == torch.bfloat16
+        assert model.generate_uncached(tokens(B=2, T=5), 40, seed=1).shape == (2, 45)
 
 
 def test_the_caller_sees_what_was_taken_on_the_way():
@@ -764,7 +789,9 @@ def test_a_call_that_cannot_work_is_told_in_one_line():
     for wrong in (dict(temperature=-1), dict(temperature=math.nan), dict(top_k=-1), dict(top_p=0), dict(top_p=1.1)):
         with pytest.raises(ValueError, match="sampling needs a temperature >= 0, top_k >= 0"):
             model.generate(tokens(), 1, **wrong)
-    cache = model.new_cache(2)
+    cache = mod.KVCache(model.config, 2)
+    with pytest.raises(ValueError, match="the cache has 2 rows, and there are 3 prompts"):
+        model.generate(tokens(B=3), 1, cache=cache)
     for prompts in ([[1], []], [[1], [2] * 33]):
         with pytest.raises(ValueError, match="a prompt has 1 to block_size = 32 tokens, got"):
             model.prefill(prompts, cache)

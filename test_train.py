@@ -19,6 +19,7 @@ import pytest
 import rich.style
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import bench
 import checkpoint
@@ -606,6 +607,60 @@ def test_pictures_of_the_depth(tiny, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["map.png", "text.svg"]
 
 
+def test_lines_are_broken_at_the_width_and_marks_stay_under_their_tokens():
+    for colour in (None, "truecolor"):
+        console = depth.Console(file=io.StringIO(), color_system=colour, force_terminal=colour is not None, width=4)
+        printer = depth.DepthPrinter(2, console)
+        printer.add_all(
+            ["ab", "\N{CJK UNIFIED IDEOGRAPH-6C34}", "e", "\N{COMBINING ACUTE ACCENT}", "\n"], [1, 2, 0, 1, 2]
+        )
+        printer.close()
+        out = re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue()).splitlines()
+        text = ["ab\N{CJK UNIFIED IDEOGRAPH-6C34}", "e\N{COMBINING ACUTE ACCENT}\N{PILCROW SIGN}"]
+        assert out == (text if colour else [text[0], "1 2", text[1], ".2"])
+
+
+def test_the_routing_map_names_its_blocks_and_tokens(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **how: drawn.append(self))
+    taken = np.random.default_rng(0).random((2, 130)) < 0.5
+    depth.routing_map(taken, list("ab \n" * 32 + "ab"), [1, 3], tmp_path / "map.PNG")
+    drawn[0].canvas.draw()
+    first, second = drawn[0].axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["block 1", "block 3"]
+    assert [label.get_text() for label in second.get_xticklabels()][:4] == list("ab\N{OPEN BOX}\N{PILCROW SIGN}")
+    colours = first.collections[0].get_facecolors()
+    assert len(colours) == 200 and [tuple(c) == tuple(colours[0]) for c in colours] == [
+        t == taken[0, 0] for t in taken[:, :100].flatten()
+    ]
+    assert f"({taken.mean():.0%} of all)" in drawn[0].get_suptitle()
+
+
+def test_the_report_counts_the_steps_alone_and_the_most_that_the_cache_took(tiny, monkeypatch, capsys):
+    train.train(tiny)
+    capsys.readouterr()
+    now = itertools.count()
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(now) * 1.0)  # a second from one look to the next
+    sample.main([f"--out_dir={tiny.out_dir}", "--device=cpu", "--max_new_tokens=40"])
+    report = capsys.readouterr().err
+    assert report.startswith("1 x 40 tokens in 40.00 s, 1 tokens/s; KV cache 0.00 MB")
+    model, _ = checkpoint.load(Path(tiny.out_dir), "best", "cpu")
+    _, _, _, cache_bytes = sample.follow(model, [0], ["x"] * 28, sample.SampleConfig(max_new_tokens=16), mute())
+    assert cache_bytes >= 2 * 16 * 16 * 4  # after 17 tokens the window of 16 has just restarted
+
+
+def mute():
+    printer = depth.PlainPrinter()
+    printer.add = lambda piece, depth: None
+    return printer
+
+
+def test_a_token_without_a_text_is_shown_as_unknown(tiny):
+    train.train(dataclasses.replace(tiny, vocab_size=64, max_iters=1, learning_rate=0.0))
+    config = sample.SampleConfig(out_dir=tiny.out_dir, max_new_tokens=60, temperature=2.0, device="cpu")
+    assert "\N{REPLACEMENT CHARACTER}" in sample.sample(config)[0]
+
+
 def test_a_dense_model_samples_too(tiny, capsys):
     train.train(dataclasses.replace(tiny, route_every=0))
     sample.main([f"--out_dir={tiny.out_dir}", "--device=cpu", "--max_new_tokens=40", "--top_p=0.9"])
@@ -677,7 +732,9 @@ def test_bench_of_sampling_adds_its_figures(capsys):
         speed = {name: part[name]["tokens_per_second"] for name in ("mod", "dense")}
         assert math.isclose(part["decode_speedup"], speed["mod"] / speed["dense"], rel_tol=1e-3)
         assert part["cache_bytes_ratio"] == round(part["mod"]["cache_bytes"] / part["dense"]["cache_bytes"], 4)
-    assert figures["dense"]["cache_bytes"] == 2 * 2 * 32 * 16 * 4  # blocks, keys and values, a chunk, n_embd, float32
+    assert (
+        figures["dense"]["cache_bytes"] == 2 * 2 * 16 * 16 * 4
+    )  # blocks, keys and values, the window, n_embd, float32
 
 
 def test_bench_brings_the_predictors_to_the_capacity():
@@ -701,17 +758,18 @@ def test_the_benchs_ideal_is_the_sum_over_blocks_of_the_slower_of_compute_and_me
     fast_memory = bench.Limits(peak=100.0, bandwidth=1e12, itemsize=4)
     assert math.isclose(fast_memory.block(config, 2, 8), (24 * 2 * 16 + 4 * 4 * 8) / 100)
     dense = dataclasses.replace(config, route_every=0)
-    full = limits.block(config, 1, 8)
-    assert math.isclose(bench.expected_step(dense, 1, limits), 2 * full + 4 * 40 / 50)
-    some = 0.125 * limits.block(config, 1, 0.125 * 8)
-    assert math.isclose(bench.expected_step(config, 1, limits), full + some + rest)
+    head = rest - 4 * (4 + 4 * 3 + 3) / 50
+    assert math.isclose(bench.expected_step(dense, 2, 8, limits), 2 * limits.block(config, 2, 16) + head)
+    one, both = (2 * p * limits.block(config, n, n * 1) for p, n in ((0.125 * 0.875, 1), (0.125**2 / 2, 2)))
+    expected = bench.expected_step(config, 2, 8, limits) - limits.block(config, 2, 16) - rest
+    assert math.isclose(expected, one + both)  # of two rows one enters, or both; with an eighth of the 8 tokens there
 
 
 def test_bench_check_reports_what_differs_or_fails(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         bench.main(["--check", "--device=cpu"])
     *lines, last = capsys.readouterr().out.splitlines()
-    assert end.value.code == 0 and all(line.endswith("same") for line in lines) and "none of 10 different" in last
+    assert end.value.code == 0 and all(line.endswith("same") for line in lines) and "none of 11 different" in last
 
     gather, calls = torch.Tensor.gather, itertools.count()
     monkeypatch.setattr(torch.Tensor, "gather", lambda *a: gather(*a) + next(calls) % 2)  # right, wrong, right, ...
@@ -721,8 +779,32 @@ def test_bench_check_reports_what_differs_or_fails(monkeypatch, capsys):
     monkeypatch.undo()
 
     monkeypatch.setattr(bench, "pick_device", lambda name: "meta")  # knows no numbers: nothing can be fetched from it
-    assert bench.check(bench.BenchConfig()) == 10
+    assert bench.check(bench.BenchConfig()) == 11
     assert "gather                           FAILED: " in capsys.readouterr().out
+
+
+def test_the_figures_of_the_bench_are_what_the_clock_said(capsys, monkeypatch):
+    products, reads = [3.0, 1.0, 2.0, 2.0, 2.0], [2.5, 2.0, 3.0, 3.0, 3.0]
+    warmup, mod, dense = [1000.0] * 4, [3.0, 8.0], [6.0, 16.0]  # reading the prompt, then four steps
+    seconds = iter([*products, *reads, *(warmup + 3 * (mod + dense)), *(warmup + 3 * (mod + dense))])
+    monkeypatch.setattr(bench, "clocked", lambda work, device: (next(seconds), work()))
+    bench.main([*TINY_BENCH, "--part=sampling"])
+    assert next(seconds, None) is None
+    *lines, last = capsys.readouterr().out.splitlines()
+    figures = json.loads(last)
+    assert figures["peak"] == 2 * 2048**3 / 1.0 and figures["bandwidth"] == 4 * 2**26 / 2.0
+    limits = bench.Limits(figures["peak"], figures["bandwidth"], 4)
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=65)
+    for B, part in ((1, figures), (16, figures["batch_16"])):
+        assert part["decode_speedup"] == part["prefill_speedup"] == 2
+        assert part["mod"]["tokens_per_second"] == B * 4 / 8 and part["dense"]["tokens_per_second"] == B * 4 / 16
+        assert part["cache_speedup"] == 3 / (8 / 4)
+        ideal = {name: part[name]["ideal_tokens_per_second"] for name in ("mod", "dense")}
+        assert math.isclose(part["decode_ideal_speedup"], ideal["mod"] / ideal["dense"], rel_tol=1e-3)
+        assert part["decode_ideal_speedup"] >= 1
+        dense_step = bench.expected_step(dataclasses.replace(config, route_every=0), B, 14, limits)
+        predicted = dense_step / bench.expected_step(config, B, 14, limits)
+        assert any(f"Sampling {B:2} at once, predicted: {predicted:.2f} times as fast" in line for line in lines)
 
 
 def test_bench_times_the_work_and_hands_on_its_result():
@@ -863,6 +945,8 @@ def test_mistakes_with_sample(tiny, tmp_path):
     assert "top_p is a probability in (0, 1], got 0" in told(sample, [*argv, "--top_p=0"])
     assert "routing_map is a file that ends with .png or .svg or .pdf" in told(sample, [*argv, "--routing_map=a.bmp"])
     assert "depth_svg is a file that ends with .svg, got a.png" in told(sample, [*argv, "--depth_svg=a.png"])
+    both = [f"--{name}={tmp_path / 'a.svg'}" for name in ("depth_svg", "routing_map")]
+    assert "depth_svg and routing_map cannot both be" in told(sample, [*argv, *both])
     folder = tmp_path / "nothing"
     assert f"there is no folder {folder}; make it" in told(sample, [*argv, f"--depth_svg={folder / 'a.svg'}"])
     (tmp_path / "folder.png").mkdir()
@@ -962,3 +1046,27 @@ def test_the_readmes_results_are_those_of_the_result_files():
     assert len(runs) == 12
     generated = re.search(r"<!-- generated: .* -->\n(.*?)\n<!-- end -->", README, flags=re.DOTALL).group(1)
     assert generated == plot.table(plot.group_by_setting(runs))
+
+
+def test_the_readmes_figures_of_the_bench_are_those_of_the_results():
+    def shape(figures):
+        return f"{figures['n_layer']} x {figures['n_embd']}, context {figures['block_size']}"
+
+    files = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "results" / "bench").glob("*.json"))
+    ]
+    assert len(files) >= 3
+    for figures in files:
+        if "train_time_ratio" in figures:
+            ratios = f"{figures['train_flop_ratio']:.3f} | {figures['train_time_ratio']:.3f}"
+            assert f"| {shape(figures)} | {figures['batch_size']} | {ratios} |" in README
+        if "decode_speedup" in figures:
+            for B, part in ((1, figures), (16, figures["batch_16"])):
+                mod, dense = part["mod"], part["dense"]
+                assert (
+                    f"| {shape(figures)} | {B} | {mod['tokens_per_second']:,.0f} | {dense['tokens_per_second']:,.0f} | "
+                    f"**{part['decode_speedup']:.2f}** | {part['decode_ideal_speedup']:.2f} | {part['taken']:.1%} | "
+                    f"{mod['cache_bytes'] / 1e6:.1f} | {dense['cache_bytes'] / 1e6:.1f} | "
+                    f"{part['cache_bytes_ratio']:.2f} |\n"
+                ) in README
+            assert f"{figures['cache_speedup']:.0f} times" in README
