@@ -1,9 +1,14 @@
 """
-Checkpoints: the weights in NAME.pt, and beside them NAME.json with all it takes to use them: the model's config, the
-tokenizer, the step, and the SHA-256 of the .pt file.
+Checkpoints: JSON files that name the files of their tensors.
 
-The JSON is written last and the hash is checked before anything is loaded: a file that is half written, damaged or
-swapped is never taken for a model. (PyTorch itself would load a file with flipped bits without a word.)
+    last.json        model-500.pt, optimizer-500.pt    what a run goes on from
+    previous.json    model-250.pt, optimizer-250.pt    the same one save earlier, should the last one be damaged
+    best.json        model-500.pt                      the lowest causal loss so far: what sample.py uses
+
+A JSON holds all it takes to use them (the model's config, the tokenizer, the step) and the SHA-256 of each file and of
+itself; they are checked before anything is loaded. (PyTorch itself would load a file with flipped bits without a word.)
+A save writes its .pt files first, under names that no JSON has, and last.json at the end: killed at any moment, it
+leaves every JSON with the files that belong to it.
 """
 
 import hashlib
@@ -16,44 +21,97 @@ import torch
 from configurator import UserError
 from mod import GPT, GPTConfig
 
-FORMAT = 1
+FORMAT = 2
+NAMES = ("last", "previous", "best")
 
 
-def save(out_dir, name, model, **info):
-    """Write NAME.pt and NAME.json into `out_dir`; `info` goes into the JSON."""
-    weights = out_dir / f"{name}.pt"
-    sha256 = write_whole(weights, lambda file: torch.save(model.state_dict(), file))
-    write_json(out_dir / f"{name}.json", {"format": FORMAT, "sha256": sha256, "model": asdict(model.config), **info})
+def save(out_dir, step, model, training_state, is_best, info):
+    """
+    Make step `step` the last checkpoint in `out_dir`, and the best one too if it is.
+
+    training_state: a dict of what else a run needs to go on (tensors, numbers, and containers of them). Raises OSError
+    or RuntimeError where the disk does not do it; the checkpoints that were there are whole then.
+    """
+    info = {"format": FORMAT, "step": step, "model": asdict(model.config), **info}
+    files = {"model": _save_tensors(out_dir / f"model-{step}.pt", model.state_dict())}
+    if is_best:
+        commit(out_dir, "best", {**info, "files": dict(files)})
+    files["optimizer"] = _save_tensors(out_dir / f"optimizer-{step}.pt", training_state)
+    last = out_dir / "last.json"
+    if last.is_file():
+        write_whole(out_dir / "previous.json", lambda file: file.write(last.read_bytes()))
+    commit(out_dir, "last", {**info, "files": files})
+    remove_unused(out_dir)
 
 
-def load(out_dir, name, device):
-    """The model on `device` in evaluation mode, and its JSON's contents. Raises UserError if either is damaged."""
-    path, weights = out_dir / f"{name}.json", out_dir / f"{name}.pt"
-    if not path.is_file() or not weights.is_file():
+def commit(out_dir, name, info):
+    """Write NAME.json: from here on this is what the checkpoint NAME is."""
+    write_json(out_dir / f"{name}.json", {**info, "sha256": _checksum(info)})
+
+
+def read(out_dir, name):
+    """The contents of NAME.json; it and its files are whole. Raises UserError if they are not."""
+    path = out_dir / f"{name}.json"
+    if not path.is_file():
         raise UserError(
-            f"no checkpoint {weights} with its {path.name}; train one with "
+            f"no checkpoint {path}; train one with "
             f"python train.py config/shakespeare_mod.py --out_dir={out_dir}, or name another folder by --out_dir"
         )
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-        expected, model_config = info["sha256"], info["model"]
-        if len(info["data"]["vocab"]) > model_config["vocab_size"]:
-            raise ValueError
+        found = info["format"]
+        checksum = info.pop("sha256") if found == FORMAT else None
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{path} is damaged: it is not the JSON of a checkpoint; train again or use another") from None
-    if info.get("format") != FORMAT:
-        raise UserError(f"{path} has format {info.get('format')!r}, this version of the code reads {FORMAT}")
-    if _sha256(weights) != expected:
-        raise UserError(
-            f"{weights} is damaged: its SHA-256 is not the one in {path.name} (or a run is just writing it)"
-        )
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found!r}, this version of the code reads {FORMAT}; train again")
+    if checksum != _checksum(info):
+        raise UserError(f"{path} is damaged: its SHA-256 is not the one that it gives; train again or use another")
+    for file in info["files"].values():
+        weights = out_dir / file["name"]
+        if not weights.is_file():
+            raise UserError(f"{weights} is missing, {path.name} needs it; train again or use another checkpoint")
+        if _sha256(weights) != file["sha256"]:
+            raise UserError(f"{weights} is damaged: its SHA-256 is not the one in {path.name}")
+    return info
+
+
+def load(out_dir, name, device):
+    """The model on `device` in evaluation mode, and its JSON's contents. Raises UserError if either is damaged."""
+    info = read(out_dir, name)
     try:
-        model = GPT(GPTConfig(**model_config))
-        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        model = GPT(GPTConfig(**info["model"]))
+        model.load_state_dict(tensors(out_dir, info, "model"))
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{weights} and the model in {path.name} do not fit together: {reason}") from None
+        raise UserError(f"the weights and the model in {out_dir / name}.json do not fit together: {reason}") from None
     return model.to(device).eval(), info
+
+
+def tensors(out_dir, info, kind):
+    """The contents of a checkpoint's file, "model" or "optimizer"; nothing in it can run code."""
+    path = out_dir / info["files"][kind]["name"]
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch raises many kinds, depending on what is wrong with the file
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} holds no tensors that can be loaded safely ({reason}); do not use it") from None
+
+
+def remove_unused(out_dir):
+    """Delete the .pt files that no checkpoint names, and what a save that was killed left half written."""
+    used = set()
+    for name in NAMES:
+        try:
+            used |= {file["name"] for file in json.loads((out_dir / f"{name}.json").read_bytes())["files"].values()}
+        except FileNotFoundError:
+            pass
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return  # it cannot be told what a damaged one names
+    for kind in ("model", "optimizer"):
+        for path in (*out_dir.glob(f"{kind}-*.pt"), *out_dir.glob(f"{kind}-*.pt.tmp")):
+            if path.name not in used:
+                path.unlink(missing_ok=True)
 
 
 def write_json(path, content):
@@ -78,6 +136,15 @@ def write_whole(path, write):
     finally:
         temporary.unlink(missing_ok=True)
     return sha256
+
+
+def _save_tensors(path, content):
+    return {"name": path.name, "sha256": write_whole(path, lambda file: torch.save(content, file))}
+
+
+def _checksum(content):
+    """Of a JSON's contents, in whatever order and with whatever spaces they are written."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def _sha256(path):

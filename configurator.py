@@ -25,11 +25,13 @@ def option(default, help, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-def load(options_class, argv, description, preset=False):
+def load(options_class, argv, description, preset=False, base=None):
     """
     The options of a command line as an instance of the dataclass `options_class`.
 
-    With preset=True the first argument may name a preset file. Raises UserError for any input that is not right.
+    With preset=True the first argument may name a preset file. base: a function that gets what the preset and the
+    command line set, and returns a dict of what stands in for the defaults. Raises UserError for any input that is not
+    right.
     """
     fields = {field.name: field for field in dataclasses.fields(options_class)}
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
@@ -54,7 +56,7 @@ def load(options_class, argv, description, preset=False):
         values = {**in_preset, **in_cpu_part, **given}
         dialled = ", ".join(f"{name}={_short(values[name])}" for name in in_cpu_part)
         print(f"On a CPU {path} dials itself down to {dialled}")
-    return options_class(**values)
+    return options_class(**{**(base(values) if base else {}), **values})
 
 
 def pick_device(name):

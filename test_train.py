@@ -1,6 +1,7 @@
 """The commands, as sentences: training, presets, data, sampling, plots, and what they say to a mistake."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -66,7 +67,11 @@ def run(config, **changes):
     """Train, and return what a run leaves: its rows without the clock, its weights."""
     config = dataclasses.replace(config, **changes)
     rows = [{k: v for k, v in row.items() if k != "train_seconds"} for row in train.train(config)]
-    return rows, torch.load(Path(config.out_dir) / "last.pt", weights_only=True)
+    return rows, weights_of(config.out_dir)
+
+
+def weights_of(out_dir, name="last"):
+    return checkpoint.load(Path(out_dir), name, "cpu")[0].state_dict()
 
 
 def equal(weights, others):
@@ -86,7 +91,7 @@ def test_a_run_leaves_metrics_checkpoints_config_and_versions(tiny):
     assert facts["config"]["seed"] == tiny.seed and facts["versions"]["torch"] == str(torch.__version__)
     for name, row in (("last", rows[-1]), ("best", min(rows, key=lambda row: row["val_loss_causal"]))):
         model, info = checkpoint.load(out_dir, name, "cpu")
-        assert (info["step"], info["val_loss_causal"]) == (row["step"], row["val_loss_causal"])
+        assert info["step"] == row["step"] and info["rows"][-1] == row
         again = train.evaluate(model, train.load_dataset(tiny)[1]["val"], tiny)
         assert again["val_loss_causal"] == row["val_loss_causal"]
     assert not list(out_dir.glob("*.tmp"))
@@ -229,7 +234,15 @@ def test_every_option_reaches_the_model_or_the_loop(tiny, name):
 
 
 def test_no_option_is_left_out_above():
-    elsewhere = {"out_dir", "dataset", "eval_only", "log_interval", "device", "compile"}  # in the tests around
+    elsewhere = {
+        "out_dir",
+        "resume",
+        "dataset",
+        "eval_only",
+        "log_interval",
+        "device",
+        "compile",
+    }  # in the tests around
     assert OTHER_VALUES.keys() | elsewhere == {field.name for field in dataclasses.fields(TrainConfig)}
     assert {field.name for field in dataclasses.fields(GPTConfig)} <= OTHER_VALUES.keys()
 
@@ -273,7 +286,7 @@ def test_what_is_not_a_run_is_never_moved_or_overwritten(tiny):
     out_dir = Path(tiny.out_dir)
     out_dir.mkdir()
     (out_dir / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a config.json that is not from a whole run"):
+    with pytest.raises(UserError, match="holds a config.json that is not from a run"):
         train.train(tiny)
     (out_dir / "config.json").rename(out_dir / "notes.txt")
     with pytest.MonkeyPatch.context() as patch:  # a run that ends before its first evaluation is a run, too
@@ -283,13 +296,15 @@ def test_what_is_not_a_run_is_never_moved_or_overwritten(tiny):
     train.train(dataclasses.replace(tiny, out_dir=str(out_dir / "inner")))
     train.train(tiny)
     train.train(tiny)
-    assert (out_dir / "notes.txt").exists() and (out_dir / "inner" / "last.pt").exists()
+    assert (out_dir / "notes.txt").exists() and (out_dir / "inner" / "last.json").exists()
 
 
 def test_a_run_that_diverges_stops_and_says_what_to_try(tiny):
-    with pytest.raises(UserError, match="the loss is nan at step .*: the run diverged. Try a lower --learning_rate"):
+    message = r"the norm of the gradient is (nan|inf) at step \d+ \(the loss: .*\): the run diverged; .* Try a lower --"
+    with pytest.raises(UserError, match=message):
         train.train(dataclasses.replace(tiny, learning_rate=1e18, warmup_iters=0, max_iters=50, eval_interval=50))
-    assert checkpoint.load(Path(tiny.out_dir), "last", "cpu")[1]["step"] == 0
+    model, info = checkpoint.load(Path(tiny.out_dir), "last", "cpu")
+    assert info["step"] == 0 and all(p.isfinite().all() for p in model.parameters())
 
 
 # Evaluation
@@ -418,7 +433,7 @@ def test_an_interrupted_prepare_leaves_the_old_set_or_none(tmp_path, dataset, mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.json, "dumps", full)
+        patch.setattr(prepare.Path, "write_bytes", full)
         with pytest.raises(SystemExit, match="cannot write to .*: No space left on device"):
             prepare.write_dataset("another text", "x", tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -437,7 +452,22 @@ def test_an_interrupted_prepare_leaves_the_old_set_or_none(tmp_path, dataset, mo
     monkeypatch.setattr(Path, "replace", killed_at_the_second)
     with pytest.raises(Killed):
         prepare.write_dataset("another text", "x", tmp_path)
-    assert not (tmp_path / "meta.json").exists()  # half of it is new: the set does not count as one
+    with pytest.raises(UserError, match=r"is damaged \(.*\); run prepare.py again"):  # half of it is new
+        train.load_dataset(TrainConfig(dataset=str(tmp_path)))
+    monkeypatch.undo()
+    text = "another text" * 50
+    prepare.write_dataset(text, "x", tmp_path)
+    assert len(train.load_dataset(TrainConfig(dataset=str(tmp_path), block_size=8))[1]["val"]) == len(text) // 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_two_prepares_at_once_do_no_harm(tmp_path):
+    (tmp_path / "text").write_text("to be or not to be, " * 200)
+    command = [sys.executable, prepare.__file__, "--input", str(tmp_path / "text"), "--out", str(tmp_path / "set")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    assert all(process.communicate()[0].count("4,000 characters") == 1 for process in both)
+    train.load_dataset(TrainConfig(dataset=str(tmp_path / "set"), block_size=8))
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch):
@@ -546,9 +576,7 @@ def test_show_depth_marks_each_character_with_the_number_of_blocks_that_took_it(
     with torch.no_grad():
         for block in model.routed_blocks:
             block.predictor[-1].weight.mul_(100)
-    checkpoint.save(
-        Path(tiny.out_dir), "best", model, **{k: info[k] for k in info.keys() - {"format", "sha256", "model"}}
-    )
+    checkpoint.save(Path(tiny.out_dir), 99, model, {}, True, {"data": info["data"]})
     capsys.readouterr()
     (text,) = sample.sample(config)
     printed, marks = marked(capsys.readouterr().out)
@@ -901,6 +929,12 @@ def test_data_that_cannot_be_used(tiny, dataset, tmp_path, monkeypatch):
     val = np.fromfile(tmp_path / "val.bin", dtype="<u2")
     val[3] = 28
     val.tofile(tmp_path / "val.bin")
+    assert "the SHA-256 of val.bin is not the one in meta.json); run prepare.py again" in told(train, argv)
+    meta = json.loads((tmp_path / "meta.json").read_text(encoding="utf-8"))
+    meta["sha256"]["val"] = hashlib.sha256(val.tobytes()).hexdigest()
+    (tmp_path / "meta.json").write_text(json.dumps({**meta, "dtype": "<u4"}), encoding="utf-8")
+    assert "meta.json gives the type '<u4', this version reads '<u2'" in told(train, argv)
+    (tmp_path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     assert "val.bin holds the token 28, beyond vocab_size 28" in told(train, argv)
     val[:-1].tofile(tmp_path / "val.bin")
     assert "is damaged (meta.json speaks of" in told(train, argv)
@@ -955,24 +989,42 @@ def test_mistakes_with_sample(tiny, tmp_path):
         assert "holds a dense model: every token goes through every block" in told(sample, [*argv, wish])
 
 
+class Code:
+    """Unpickled, it runs a command."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('the checkpoint ran code')",))
+
+
 def test_a_damaged_checkpoint_is_never_loaded(tiny):
     train.train(tiny)
-    weights, info = Path(tiny.out_dir) / "best.pt", Path(tiny.out_dir) / "best.json"
-    whole, text, argv = weights.read_bytes(), info.read_text(), [f"--out_dir={tiny.out_dir}", "--device=cpu"]
-    weights.write_bytes(whole[: len(whole) // 2])
-    assert "is damaged: its SHA-256" in told(sample, argv)
-    weights.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
-    assert "is damaged: its SHA-256" in told(sample, argv)
-    weights.write_bytes(whole)
-    for broken in ("{", "[]", "{}"):
-        info.write_text(broken)
-        assert "is damaged: it is not the JSON of a checkpoint" in told(sample, argv)
+    path = Path(tiny.out_dir) / "best.json"
+    text, argv = path.read_text(encoding="utf-8"), [f"--out_dir={tiny.out_dir}", "--device=cpu"]
     content = json.loads(text)
-    info.write_text(json.dumps({**content, "format": 99}))
-    assert "has format 99, this version of the code reads 1" in told(sample, argv)
-    info.write_text(json.dumps({**content, "model": {**content["model"], "n_embd": 32}}))
+    weights = path.with_name(content["files"]["model"]["name"])
+    whole = weights.read_bytes()
+    for broken in (whole[: len(whole) // 2], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], b""):
+        weights.write_bytes(broken)
+        assert "is damaged: its SHA-256 is not the one in best.json" in told(sample, argv)
+    weights.unlink()
+    assert f"{weights} is missing, best.json needs it" in told(sample, argv)
+    weights.write_bytes(whole)
+    for broken in ("{", "[]", "{}", "", "null"):
+        path.write_text(broken)
+        assert "is damaged: it is not the JSON of a checkpoint" in told(sample, argv)
+    path.write_text(json.dumps({**content, "format": 99}))
+    assert "has format 99, this version of the code reads 2" in told(sample, argv)
+    path.write_text(json.dumps({**content, "step": 5}))
+    assert "best.json is damaged: its SHA-256 is not the one that it gives" in told(sample, argv)
+    # What is whole and yet no checkpoint of ours:
+    del content["sha256"]
+    checkpoint.commit(path.parent, "best", {**content, "model": {**content["model"], "n_embd": 32}})
     assert "do not fit together" in told(sample, argv)
-    info.write_text(text)
+    sha256 = checkpoint.write_whole(weights, lambda file: torch.save({"weights": Code()}, file))
+    checkpoint.commit(path.parent, "best", {**content, "files": {"model": {"name": weights.name, "sha256": sha256}}})
+    assert "holds no tensors that can be loaded safely" in told(sample, argv)
+    weights.write_bytes(whole)
+    path.write_text(text, encoding="utf-8")
     sample.main([*argv, "--max_new_tokens=1"])
 
 
@@ -990,7 +1042,7 @@ def test_a_save_that_breaks_off_leaves_the_last_checkpoint_whole(tiny, monkeypat
 
     monkeypatch.setattr(checkpoint.torch if call == "save" else checkpoint.os, call, full)
     with pytest.raises(OSError):
-        checkpoint.save(out_dir, "best", model, step=7)
+        checkpoint.save(out_dir, 7, model, {}, True, {})
     assert {path.name: path.read_bytes() for path in out_dir.iterdir()} == before
 
 

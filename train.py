@@ -3,6 +3,7 @@ Train a GPT, Mixture-of-Depths or dense:
 
     python train.py config/shakespeare_mod.py
     python train.py config/shakespeare_mod.py --capacity=0.25 --out_dir=out-quarter
+    python train.py --resume --out_dir=out-quarter
 
 Read from top to bottom: the options, the recipe (`train`), what it is made of (data, learning rate, optimizer,
 evaluation). A notebook calls the same function: `train(TrainConfig(...))`.
@@ -10,11 +11,14 @@ evaluation). A notebook calls the same function: `train(TrainConfig(...))`.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import platform
 import runpy
+import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +38,7 @@ DATA = Path(__file__).resolve().parent / "data"
 class TrainConfig:
     # what goes where
     out_dir: str = option("out", "folder for checkpoints, metrics.jsonl and config.json")
+    resume: bool = option(False, "go on with the run in out_dir from its last checkpoint, with its options")
     dataset: str = option("shakespeare_char", "a folder below data/, or the path of any folder that prepare.py wrote")
     eval_interval: int = option(250, "steps between two evaluations")
     eval_iters: int = option(200, "batches per evaluation at most; a small validation split is read once, whole")
@@ -78,10 +83,13 @@ class TrainConfig:
 
 def main(argv=None):
     try:
-        config = load(TrainConfig, argv, __doc__.split(":")[0], preset=True)
+        config = load(TrainConfig, argv, __doc__.split(":")[0], preset=True, base=options_of_the_run)
         train(config)
     except (UserError, OSError) as error:  # OSError: a disk that is full, a folder that cannot be written
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "train.py: stopped at once; the last checkpoint is whole")
+        sys.exit(130)
 
 
 def train(config):
@@ -89,7 +97,8 @@ def train(config):
     Train as `config` (a TrainConfig) says; write checkpoints, metrics.jsonl and config.json to its out_dir.
 
     Returns the rows of metrics.jsonl: one dict per evaluation, losses in nats per token. Raises UserError for options
-    or data that cannot work, before any time is spent, and for a run that diverges.
+    or data that cannot work, before any time is spent, and for a run that diverges; KeyboardInterrupt, after saving, if
+    Ctrl-C or SIGTERM asks it to stop.
     """
     # What the run is: options, data, model. All that can be wrong with them shows here.
     config = resolve(config)
@@ -107,11 +116,17 @@ def train(config):
     predictor = [p for name, p in model.named_parameters() if ".predictor." in name]
     trunk = [p for name, p in model.named_parameters() if ".predictor." not in name]
 
-    # Where it goes. A run that stands there already is moved aside, never overwritten.
-    out_dir = keep_earlier_run(Path(config.out_dir))
+    # Where it goes: on with the run that stands there, or that one is moved aside, never overwritten.
+    out_dir = Path(config.out_dir)
     facts = {"parameters": model.num_parameters(), "flops_per_step": step_flops, "versions": versions(config)}
-    (out_dir / "metrics.jsonl").touch()  # from here on the folder counts as a run, however early it ends
+    start, rows, progress = 0, [], {"loss_sum": 0.0, "aux_sum": 0.0, "train_seconds": 0.0}
+    if config.resume:
+        start, rows, progress = resume(out_dir, model, optimizer, config, meta, facts)
+    else:
+        keep_earlier_run(out_dir)
+    # From here on the folder counts as a run, however early it ends.
     checkpoint.write_json(out_dir / "config.json", {"config": asdict(config), **facts, "data": meta})
+    write_metrics(out_dir, rows)
     tokens = " and ".join(f"{len(split):,} {name}" for name, split in data.items())
     print(f"{meta['source']}: {tokens} tokens, a vocabulary of {meta['vocab_size']}")
     print(describe(model, config))
@@ -120,59 +135,84 @@ def train(config):
         "(3 x the top-k forward pass, evaluation not counted)"
     )
 
-    # The loop. Seeds come from the step, so evaluation and logging can never change the training.
+    # The loop. Seeds come from the step, so evaluation and logging can never change the training, and the step is all
+    # the random state that there is to save.
     if config.compile == "True":
         model.compile()
-    rows, best = [], math.inf
-    loss_sum, aux_sum, logged_at, clock, train_seconds = 0.0, 0.0, 0, time.perf_counter(), 0.0
-    bar = tqdm(total=config.max_iters, disable=None, unit="step", dynamic_ncols=True)
-    for step in range(config.max_iters + 1):
-        if step % config.eval_interval == 0 or step == config.max_iters:
-            means = mean_since(rows, step, loss_sum, aux_sum)  # first: on a GPU this waits until the steps are done
-            train_seconds += time.perf_counter() - clock
-            row = {"step": step, "tokens": step * tokens_per_step, "flops": step * step_flops}
-            row |= {"train_seconds": round(train_seconds, 3), **means}
-            row |= evaluate(model, data["val"], config)
-            stop_if_diverged(row["val_loss_causal"], step)
-            loss_sum, aux_sum = 0.0, 0.0
-            rows.append(row)
-            tqdm.write(report(row, config.max_iters))
-            with open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            state = {"step": step, "val_loss_causal": row["val_loss_causal"], "data": meta, "config": asdict(config)}
-            checkpoint.save(out_dir, "last", model, **state)
-            if row["val_loss_causal"] < best:
-                best = row["val_loss_causal"]
-                checkpoint.save(out_dir, "best", model, **state)
-            clock = time.perf_counter()
-        if step == config.max_iters:
-            break
+    best = min((row["val_loss_causal"] for row in rows), default=math.inf)
+    loss_sum, aux_sum, train_seconds = progress["loss_sum"], progress["aux_sum"], progress["train_seconds"]
+    saved, logged_at, clock = start if config.resume else None, start, time.perf_counter()
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
-        for micro_step, (x, y) in enumerate(training_batches(data["train"], step, config)):
-            torch.manual_seed(seed_of(config.seed, step, micro_step))  # dropout, and the stochastic control's noise
-            with autocast(config):
-                _, loss = model(x, y, routing="topk")
-            total = loss + config.aux_weight * model.aux_loss
-            (total / config.gradient_accumulation_steps).backward()
-            loss_sum = loss_sum + loss.detach() / config.gradient_accumulation_steps
-            aux_sum = aux_sum + model.aux_loss.detach() / config.gradient_accumulation_steps
-        if config.grad_clip > 0:
+    def save(step, is_best=False):
+        """True if the checkpoint is on the disk. Where it is full now, there may be room the next time."""
+        seconds = train_seconds + time.perf_counter() - clock
+        progress = {"loss_sum": loss_sum, "aux_sum": aux_sum, "train_seconds": seconds}
+        state = {"optimizer": optimizer.state_dict(), "progress": progress}
+        info = {"data": meta, "config": asdict(config), "rows": rows, "versions": facts["versions"]}
+        try:
+            write_metrics(out_dir, rows)
+            checkpoint.save(out_dir, step, model, state, is_best, info)
+        except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
+            tqdm.write(f"step {step:,}: the checkpoint could not be saved ({error}); the one before it is whole")
+            return False
+        return True
+
+    bar = tqdm(total=config.max_iters, initial=start, disable=None, unit="step", dynamic_ncols=True)
+    with Stop() as stop:
+        for step in range(start, config.max_iters + 1):
+            evaluated = rows and rows[-1]["step"] == step
+            if (step % config.eval_interval == 0 or step == config.max_iters) and not evaluated:
+                means = mean_since(rows, step, loss_sum, aux_sum)  # first: on a GPU this waits until the steps are done
+                train_seconds += time.perf_counter() - clock
+                row = {"step": step, "tokens": step * tokens_per_step, "flops": step * step_flops}
+                row |= {"train_seconds": round(train_seconds, 3), **means}
+                losses = evaluate(model, data["val"], config, stop)
+                if losses is not None:
+                    row |= losses
+                    stop_if_not_finite(row["val_loss_causal"], "validation loss", step)
+                    loss_sum, aux_sum = 0.0, 0.0
+                    rows.append(row)
+                    tqdm.write(report(row, config.max_iters))
+                    is_best = row["val_loss_causal"] < best
+                    best = min(best, row["val_loss_causal"])
+                clock = time.perf_counter()
+                if losses is not None:
+                    saved = step if save(step, is_best) else saved
+            if stop.requested or step == config.max_iters:
+                break
+
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, config)
+            step_loss = 0.0
+            for micro_step, (x, y) in enumerate(training_batches(data["train"], step, config)):
+                torch.manual_seed(seed_of(config.seed, step, micro_step))  # dropout, and the stochastic control's noise
+                with autocast(config):
+                    _, loss = model(x, y, routing="topk")
+                total = loss + config.aux_weight * model.aux_loss
+                (total / config.gradient_accumulation_steps).backward()
+                step_loss = step_loss + loss.detach() / config.gradient_accumulation_steps
+                aux_sum = aux_sum + model.aux_loss.detach() / config.gradient_accumulation_steps
             # Apart: under one common norm the predictor's gradient would scale the trunk's, stop-gradient or not.
-            for parameters in (trunk, predictor):
-                torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            limit = config.grad_clip or math.inf
+            norms = [torch.nn.utils.clip_grad_norm_(part, limit) for part in (trunk, predictor) if part]
+            # Before the update: weights of NaN would be saved over good ones.
+            stop_if_not_finite(sum(norms).item(), "norm of the gradient", step, f" (the loss: {step_loss.item()})")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss_sum = loss_sum + step_loss
 
-        if (step + 1) % config.log_interval == 0:
-            stop_if_diverged(loss.item(), step)
-            speed = (step + 1) * tokens_per_step / (train_seconds + time.perf_counter() - clock)
-            bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
-            bar.update(step + 1 - logged_at)
-            logged_at = step + 1
-    bar.update(config.max_iters - logged_at)
-    bar.close()
+            if (step + 1) % config.log_interval == 0:
+                speed = (step + 1) * tokens_per_step / (train_seconds + time.perf_counter() - clock)
+                bar.set_postfix_str(f"loss {step_loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
+                bar.update(step + 1 - logged_at)
+                logged_at = step + 1
+        bar.update(step - logged_at)
+        bar.close()
+        if saved != step and not save(step):
+            raise UserError(f"the run ends at step {step:,} without a checkpoint of it; make space, then --resume")
+        if not rows or rows[-1]["step"] < config.max_iters:
+            go_on = f"python train.py --resume --out_dir={config.out_dir}"
+            raise KeyboardInterrupt(f"Stopped and saved at step {step:,}. Go on with: {go_on}")
 
     best_row = min(rows, key=lambda row: row["val_loss_causal"])
     print(f"final {report(rows[-1], config.max_iters)}")
@@ -182,6 +222,32 @@ def train(config):
 
 
 # Options
+
+
+def options_of_the_run(given):
+    """For --resume: the options of the run in out_dir, to stand in for the defaults."""
+    if not given.get("resume"):
+        return {}
+    out_dir = given.get("out_dir", TrainConfig.out_dir)
+    saved = saved_config(Path(out_dir))
+    if saved is None:
+        raise UserError(
+            f"nothing to resume in {out_dir}: no config.json of a run of train.py there; name its folder by --out_dir, "
+            "or begin one without --resume"
+        )
+    if {"max_iters", "flop_budget"} & given.keys():  # a new length replaces the old one, however it was given
+        saved |= {"max_iters": 0, "flop_budget": 0.0}
+    return saved
+
+
+def saved_config(out_dir):
+    """The options in the config.json of a run; None if there is no such file of ours."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)} - {"out_dir", "resume"}
+    try:
+        saved = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))["config"]
+        return {name: value for name, value in saved.items() if name in names}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def resolve(config):
@@ -259,6 +325,11 @@ def load_dataset(config):
         lengths = {split: len(tokens) for split, tokens in data.items()}
         if lengths != meta["tokens"]:
             raise ValueError(f"meta.json speaks of {meta['tokens']} tokens, the files hold {lengths}")
+        for split, tokens in data.items():
+            if hashlib.sha256(tokens).hexdigest() != meta["sha256"][split]:
+                raise ValueError(f"the SHA-256 of {split}.bin is not the one in meta.json")
+        if meta["dtype"] != "<u2":
+            raise ValueError(f"meta.json gives the type {meta['dtype']!r}, this version reads '<u2'")
         if len(meta["vocab"]) != meta["vocab_size"]:
             raise ValueError("meta.json gives two sizes of the vocabulary")
         vocab_size = config.vocab_size or meta["vocab_size"]
@@ -335,7 +406,7 @@ def autocast(config):
 
 
 @torch.no_grad()
-def evaluate(model, tokens, config):
+def evaluate(model, tokens, config, stop=None):
     """
     Losses in nats per token over fixed windows of `tokens`, evenly spaced and never overlapping.
 
@@ -343,7 +414,7 @@ def evaluate(model, tokens, config):
     val_loss_topk lets the routed blocks look at the whole window. taken: the share of tokens that each routed block
     processed in the causal pass. The predictor (with causal_method "router" the router; the controls have none) is
     judged within the top-k pass: how often it agrees with top-k, beside the accuracy of the better constant guess
-    (base rate), and its recall.
+    (base rate), and its recall. None if `stop` is requested on the way.
     """
     config = resolve(config)
     T = model.config.block_size
@@ -356,6 +427,9 @@ def evaluate(model, tokens, config):
     topk_sum, causal_sum, taken_sum = 0.0, 0.0, torch.zeros(len(routed))
     agree, hit, member, decisions = 0, 0, 0, 0
     for i in range(0, n_windows, config.batch_size):
+        if stop is not None and stop.requested:
+            model.train(training)
+            return None
         x, y = windows(tokens, starts[i : i + config.batch_size], T, config.device)
         with autocast(config):
             # .forward runs eagerly, also where the model is compiled: the size of a causal batch depends on the data.
@@ -408,9 +482,12 @@ def evaluate_checkpoint(config):
 # Reports
 
 
-def stop_if_diverged(loss, step):
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step:,}: the run diverged. Try a lower --learning_rate")
+def stop_if_not_finite(value, name, step, more=""):
+    if not math.isfinite(value):
+        raise UserError(
+            f"the {name} is {value} at step {step:,}{more}: the run diverged; the checkpoints before it stay. "
+            "Try a lower --learning_rate, a longer --warmup_iters or --dtype=float32"
+        )
 
 
 def mean_since(rows, step, loss_sum, aux_sum):
@@ -461,10 +538,18 @@ def keep_earlier_run(out_dir):
         raise UserError(
             f"out_dir {str(out_dir)!r} is the folder you are in or one above it; name one below, such as out"
         )
-    names = ("config.json", "metrics.jsonl", "best.json", "best.pt", "last.json", "last.pt")
-    found = [name for name in names if (out_dir / name).exists()]
-    if found and not {"config.json", "metrics.jsonl"} <= set(found):
-        raise UserError(f"{out_dir} holds a {found[0]} that is not from a whole run; name another folder by --out_dir")
+    patterns = (
+        "config.json",
+        "metrics.jsonl",
+        "best.json",
+        "last.json",
+        "previous.json",
+        "model-*.pt*",
+        "optimizer-*.pt*",
+    )
+    found = [path.name for pattern in (*patterns, "best.pt", "last.pt") for path in sorted(out_dir.glob(pattern))]
+    if found and saved_config(out_dir) is None:
+        raise UserError(f"{out_dir} holds a {found[0]} that is not from a run; name another folder by --out_dir")
     out_dir.mkdir(parents=True, exist_ok=True)
     if found:
         number = 1
@@ -473,8 +558,74 @@ def keep_earlier_run(out_dir):
         aside.mkdir()
         for name in found:
             (out_dir / name).rename(aside / name)
-        print(f"{out_dir} holds an earlier run: moved to {aside}")
-    return out_dir
+        print(f"{out_dir} holds an earlier run: moved to {aside} (to go on with it instead: --resume)")
+
+
+def resume(out_dir, model, optimizer, config, meta, facts):
+    """Load the run's last whole checkpoint into model and optimizer; returns its step, rows and progress."""
+    try:
+        info = checkpoint.read(out_dir, "last")
+    except UserError as damage:
+        try:
+            info = checkpoint.read(out_dir, "previous")
+        except UserError:
+            raise damage from None
+        print(f"{damage}. Using the checkpoint before it")
+    state = checkpoint.tensors(out_dir, info, "optimizer")
+    if info["data"]["text_sha256"] != meta["text_sha256"]:
+        raise UserError(
+            f"{out_dir} was trained on {info['data']['source']!r}, not on {meta['source']!r}; see --dataset"
+        )
+    shape = differences(info["model"], asdict(model.config))
+    if shape:
+        raise UserError(f"the run in {out_dir} has another model: {shape}. Resume with its own options")
+    if info["step"] > config.max_iters:
+        raise UserError(f"the run in {out_dir} is at step {info['step']}, beyond max_iters {config.max_iters}")
+    print(f"Resuming {out_dir} at step {info['step']:,}")
+    ours = {name: value for name, value in asdict(config).items() if name not in ("out_dir", "resume")}
+    changed = differences({**info["config"], **info["versions"]}, {**ours, **facts["versions"]})
+    if changed:
+        print(f"Not exactly the run that stopped: {changed}")
+    model.load_state_dict(checkpoint.tensors(out_dir, info, "model"))
+    state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # options may have changed
+    optimizer.load_state_dict(state["optimizer"])
+    # Now the one to go on from is the last again, whole, and cannot push a damaged one into previous.json.
+    checkpoint.commit(out_dir, "last", info)
+    return info["step"], info["rows"], state["progress"]
+
+
+def differences(before, now):
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    return ", ".join(f"{name} was {before[name]}, now {now[name]}" for name in changed)
+
+
+def write_metrics(out_dir, rows):
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    checkpoint.write_whole(out_dir / "metrics.jsonl", lambda file: file.write(lines.encode("utf-8")))
+
+
+class Stop:
+    """
+    While it is entered, Ctrl-C and SIGTERM only ask to stop: `requested` is then the signal's number, to be looked at
+    where stopping is safe. A second one stops at once.
+    """
+
+    requested = None
+
+    def __enter__(self):
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self.handlers = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = number
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ Character-level Shakespeare, or any text of your own:
     python data/shakespeare_char/prepare.py                                    # downloads Tiny Shakespeare
     python data/shakespeare_char/prepare.py --input my.txt --out data/my_text  # your text, in UTF-8
 
-Writes train.bin and val.bin (the first 90 % and the last 10 % of the characters, as uint16 ids) and meta.json
-(the vocabulary, counts, source). meta.json is written last: where it stands, the data set is whole.
+Writes train.bin and val.bin (the first 90 % and the last 10 % of the characters, as little-endian uint16 ids) and
+meta.json (the vocabulary, counts, hashes, source). meta.json is written last: where it stands, the data set is whole.
 """
 
 import argparse
@@ -104,29 +104,31 @@ def write_dataset(text, source, out):
         sys.exit(f"prepare.py: {source} holds {len(ids)} characters, too few to split into train and val")
     if len(codes) > 2**16:
         sys.exit(f"prepare.py: {source} has {len(codes):,} different characters, at most {2**16:,} fit into uint16")
-    splits = {"train": ids[:n_train], "val": ids[n_train:]}
+    splits = {"train": ids[:n_train].astype("<u2").tobytes(), "val": ids[n_train:].astype("<u2").tobytes()}
     meta = {
         "tokenizer": "char",
         "vocab": [chr(code) for code in codes],
         "vocab_size": len(codes),
         "source": source,
         "text_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
-        "tokens": {name: len(split) for name, split in splits.items()},
+        "tokens": {"train": n_train, "val": len(ids) - n_train},
+        "dtype": "<u2",
+        "sha256": {name: hashlib.sha256(split).hexdigest() for name, split in splits.items()},
     }
+    files = {f"{name}.bin": split for name, split in splits.items()}
+    files["meta.json"] = json.dumps(meta, indent=1).encode("utf-8")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, split in splits.items():
-            split.astype("<u2").tofile(out / f"{name}.bin.tmp")
-        (out / "meta.json.tmp").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        # Nothing is replaced before all of it is written; without its meta.json a half-replaced set does not count.
-        (out / "meta.json").unlink(missing_ok=True)
-        for name in ("train.bin", "val.bin", "meta.json"):
-            (out / f"{name}.tmp").replace(out / name)
+        # A folder of its own, so that two at once do not write the same files, and on the same disk.
+        with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out) as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            # Nothing is replaced before all of it is written. A half-replaced set does not have the hashes of its
+            # meta.json, and train.py does not take it.
+            for name in files:
+                (Path(folder) / name).replace(out / name)
     except OSError as error:
         sys.exit(f"prepare.py: cannot write to {out}: {error.strerror or error}")
-    finally:
-        for leftover in out.glob("*.tmp"):
-            leftover.unlink()
     print(f"{source}: {len(ids):,} characters, {len(codes)} different ones")
     print(f"{out}: train.bin {n_train:,} tokens, val.bin {len(ids) - n_train:,} tokens, meta.json")
 

@@ -1,0 +1,378 @@
+"""A run that cannot be lost: killed, stopped, out of disk space or damaged, it goes on as if nothing had happened."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import checkpoint
+import configurator
+import train
+from configurator import UserError
+from test_train import dataset, prepare, run, tiny, told, weights_of  # noqa: F401 (dataset and tiny are fixtures)
+from train import TrainConfig
+
+forks = pytest.mark.skipif(sys.platform != "linux", reason="kills a process that was forked from this one")
+KILLS = int(os.environ.get("KILLS", 10))  # at random moments; the README reports a run with 200
+
+
+def in_a_process(work):
+    """Run work() in a process forked from this one; returns the process."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def go_on(config):
+    """What a user does after a kill: resume, or begin where no checkpoint was saved yet."""
+    saved = any((Path(config.out_dir) / f"{name}.json").exists() for name in ("last", "previous"))
+    return dataclasses.replace(config, resume=saved)
+
+
+def state_of(config):
+    """All that a run leaves, without its clock: rows, weights, optimizer."""
+    out_dir = Path(config.out_dir)
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [{k: v for k, v in row.items() if k != "train_seconds"} for row in rows]
+    last = checkpoint.read(out_dir, "last")
+    optimizer = checkpoint.tensors(out_dir, last, "optimizer")["optimizer"]["state"]
+    best = checkpoint.read(out_dir, "best")["step"]
+    return rows, weights_of(out_dir), weights_of(out_dir, "best"), optimizer, best
+
+
+def same(a, b):
+    """Equal bit for bit, at any depth."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def elsewhere(config, name):
+    return dataclasses.replace(config, out_dir=str(Path(config.out_dir).with_name(name)))
+
+
+# Killed
+
+
+def points_of(config):
+    """How often a run of `config` synchronizes and renames a file: each time is a point to be killed at."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "replace"):
+            original = getattr(os, name)
+            patch.setattr(os, name, lambda *a, name=name, original=original: (calls.append(name), original(*a)))
+        train.train(config)
+    return calls
+
+
+def kill_at(config, point, half):
+    """Train until the call number `point`, there cut the file in half or not, and die without a word."""
+    count = 0
+    fsync, replace = os.fsync, os.replace
+
+    def counted(original, *args):
+        nonlocal count
+        if count == point:
+            if half and original is fsync:
+                os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+        return original(*args)
+
+    os.fsync = lambda *a: counted(fsync, *a)
+    os.replace = lambda *a: counted(replace, *a)
+    train.train(config)
+
+
+@forks
+def test_killed_at_any_point_of_a_save_a_run_goes_on_to_the_same_end(tiny):  # noqa: F811
+    whole = elsewhere(tiny, "whole")
+    calls = points_of(whole)
+    expected = state_of(whole)
+    assert len(calls) > 25
+    for point, call in enumerate(calls):
+        config = elsewhere(tiny, f"killed-{point}")
+        process = in_a_process(lambda config=config, point=point: kill_at(config, point, half=point % 4 == 0))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (point, call)
+        train.train(go_on(config))
+        assert same(state_of(config), expected), (point, call)
+        assert not list(Path(config.out_dir).glob("*.tmp"))
+        shutil.rmtree(config.out_dir)
+
+
+@forks
+def test_killed_at_random_moments_a_run_goes_on_to_the_same_end(tiny):  # noqa: F811
+    long = dataclasses.replace(tiny, max_iters=60, eval_interval=7, warmup_iters=5)
+    whole, config, rng = elsewhere(long, "whole"), elsewhere(long, "killed"), random.Random(0)
+    begun = time.perf_counter()
+    train.train(whole)
+    seconds = time.perf_counter() - begun
+    expected = state_of(whole)
+    kills = 0
+    while kills < KILLS:
+        process = in_a_process(lambda: train.train(go_on(config)))
+        process.join(rng.uniform(0, 1.2 * seconds))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+        else:
+            assert process.exitcode == 0 and same(state_of(config), expected)
+            shutil.rmtree(config.out_dir)
+    train.train(go_on(config))
+    assert same(state_of(config), expected)
+
+
+# Stopped
+
+
+def stop_in(config, where, signals):
+    """Run train.py's main until the call `where` of the run, send `signals` there."""
+    calls = 0
+    name, at = where
+    original = getattr(train, name)
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            for number in signals:
+                os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, name, counted)
+        train.main([f"--{key}={value}" for key, value in dataclasses.asdict(config).items()])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals to itself")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", [("windows", 30), ("windows", 9), ("evaluate", 1), ("learning_rate_at", 5)])
+def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_to_the_same_end(tiny, where, number, capsys):  # noqa: F811
+    config = dataclasses.replace(tiny, max_iters=12, eval_interval=5, gradient_accumulation_steps=2)
+    whole = elsewhere(config, "whole")
+    train.train(whole)
+    capsys.readouterr()
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as end:
+        stop_in(config, where, [number])
+    assert end.value.code == 130 and [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    message = capsys.readouterr().out.splitlines()[-1]
+    step, command = re.fullmatch(
+        r"Stopped and saved at step (\d+)\. Go on with: python train\.py (.*)", message
+    ).groups()
+    assert checkpoint.read(Path(config.out_dir), "last")["step"] == int(step) < 12
+    train.main(command.split())
+    assert f"Resuming {config.out_dir} at step {step}" in capsys.readouterr().out
+    assert same(state_of(config), state_of(whole))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals to itself")
+def test_a_second_ctrl_c_stops_at_once_without_harm(tiny, capsys):  # noqa: F811
+    config = dataclasses.replace(tiny, max_iters=12)
+    with pytest.raises(SystemExit) as end:
+        stop_in(config, ("learning_rate_at", 9), [signal.SIGINT, signal.SIGINT])  # twice per step: in step 4
+    assert end.value.code == 130
+    assert capsys.readouterr().out.splitlines()[-1] == "train.py: stopped at once; the last checkpoint is whole"
+    assert checkpoint.read(Path(config.out_dir), "last")["step"] == 3
+    train.train(dataclasses.replace(config, resume=True))
+    train.train(elsewhere(config, "whole"))
+    assert same(state_of(config), state_of(elsewhere(config, "whole")))
+
+
+# Resumed
+
+
+def test_resume_takes_the_runs_own_options_and_says_what_differs(tiny, capsys):  # noqa: F811
+    train.train(tiny)
+    capsys.readouterr()
+    argv = ["--resume", f"--out_dir={tiny.out_dir}"]
+    train.main(argv)
+    out = capsys.readouterr().out
+    assert "Resuming" in out and "at step 6" in out and "Not exactly" not in out  # it was at its end already
+    train.main([*argv, "--max_iters=9", "--learning_rate=0.5"])
+    out = capsys.readouterr().out
+    assert "Not exactly the run that stopped: max_iters was 6, now 9, learning_rate was 0.001, now 0.5\n" in out
+    assert checkpoint.read(Path(tiny.out_dir), "last")["step"] == 9
+    train.main(
+        [*argv, f"--flop_budget={json.loads((Path(tiny.out_dir) / 'config.json').read_text())['flops_per_step'] * 11}"]
+    )
+    assert checkpoint.read(Path(tiny.out_dir), "last")["step"] == 11
+
+
+def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(tiny, capsys):  # noqa: F811
+    config = dataclasses.replace(tiny, max_iters=12)
+    whole = elsewhere(config, "whole")
+    train.train(whole)
+    out_dir = Path(config.out_dir)
+    for kind in ("model", "optimizer", "json"):
+        with pytest.raises(SystemExit):
+            stop_in(config, ("learning_rate_at", 15), [signal.SIGINT])  # in step 7
+        assert [checkpoint.read(out_dir, name)["step"] for name in ("last", "previous")] == [8, 6]
+        path = out_dir / ("last.json" if kind == "json" else f"{kind}-8.pt")
+        path.write_bytes(path.read_bytes()[:100])
+        capsys.readouterr()
+        train.train(dataclasses.replace(config, resume=True))
+        out = capsys.readouterr().out
+        assert f"{path} is damaged" in out and "Using the checkpoint before it" in out and "at step 6" in out
+        assert same(state_of(config), state_of(whole))
+        shutil.rmtree(out_dir)
+
+
+def test_only_the_tensors_that_a_checkpoint_names_are_kept(tiny):  # noqa: F811
+    train.train(dataclasses.replace(tiny, max_iters=30))
+    out_dir = Path(tiny.out_dir)
+    named = {f["name"] for name in checkpoint.NAMES for f in checkpoint.read(out_dir, name)["files"].values()}
+    assert {path.name for path in out_dir.glob("*.pt")} == named and 4 <= len(named) <= 5
+
+
+def test_mistakes_with_resume(tiny, tmp_path):  # noqa: F811
+    argv = ["--resume", f"--out_dir={tiny.out_dir}"]
+    assert "nothing to resume in" in told(train, argv)
+    train.train(tiny)
+    before = {path.name: path.read_bytes() for path in Path(tiny.out_dir).iterdir()}
+    assert "has another model: n_layer was 2, now 3. Resume with its own options" in told(train, [*argv, "--n_layer=3"])
+    assert "is at step 6, beyond max_iters 4" in told(train, [*argv, "--max_iters=4"])
+    (tmp_path / "text").write_text("abcdefghijklmnopqrstuvwxyz \n" * 50)
+    prepare.main(["--input", str(tmp_path / "text"), "--out", str(tmp_path / "other")])
+    assert "was trained on 'text.txt', not on 'text'" in told(train, [*argv, f"--dataset={tmp_path / 'other'}"])
+    assert {path.name: path.read_bytes() for path in Path(tiny.out_dir).iterdir()} == before
+    for name in ("last.json", "previous.json"):
+        (Path(tiny.out_dir) / name).unlink()
+    assert "no checkpoint" in told(train, argv)
+
+
+# Out of space
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as only POSIX can")
+@pytest.mark.parametrize("full_at", [(2,), (3,), (2, 3)])
+def test_a_full_disk_is_reported_and_training_goes_on_when_there_is_space(tiny, full_at, monkeypatch, capsys):  # noqa: F811
+    import resource
+
+    whole, out_dir = elsewhere(tiny, "whole"), Path(tiny.out_dir)
+    train.train(whole)
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, calls = checkpoint.save, 0
+
+    def limited(*args):
+        nonlocal calls
+        calls += 1
+        there = [name for name in checkpoint.NAMES if (out_dir / f"{name}.json").exists()]
+        before = [checkpoint.read(out_dir, name) for name in there]
+        if calls in full_at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            return save(*args)
+        except (OSError, RuntimeError):
+            assert [checkpoint.read(out_dir, name) for name in there] == before
+            raise
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(checkpoint, "save", limited)
+    if 3 in full_at:  # the last evaluation of the run; it then tries once more
+        full_at += (4,)
+        with pytest.raises(UserError, match="ends at step 6 without a checkpoint of it; make space, then --resume"):
+            train.train(tiny)
+        train.train(dataclasses.replace(tiny, resume=True))
+    else:
+        train.train(tiny)
+    reports = re.findall(
+        r"step (\d): the checkpoint could not be saved \(.*\); the one before it is whole", capsys.readouterr().out
+    )
+    assert reports == [str(3 * (call - 1)) if call < 4 else "6" for call in full_at]
+    assert same(state_of(tiny), state_of(whole))
+
+
+# Properties
+
+
+@hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+def test_any_option_comes_back_from_the_command_line_and_from_the_saved_config(data):
+    field = data.draw(st.sampled_from(dataclasses.fields(TrainConfig)))
+    values = {
+        bool: st.booleans(),
+        int: st.integers(-(2**70), 2**70),
+        float: st.floats(allow_nan=False),
+        str: st.sampled_from(field.metadata["choices"] or ["", "x"]) if field.metadata["choices"] else st.text(),
+    }[field.type]
+    value = data.draw(values)
+    config = configurator.load(TrainConfig, [f"--{field.name}={value}"], "")
+    assert getattr(config, field.name) == value and type(getattr(config, field.name)) is field.type
+    saved = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert TrainConfig(**saved) == config
+    preset = configurator.load(TrainConfig, [], "", base=lambda given: saved)
+    assert preset == config
+
+
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+@hypothesis.given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=2, max_size=200))
+def test_any_text_comes_back_from_prepare(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "text").write_bytes(text.encode("utf-8"))
+    prepare.main(["--input", str(folder / "text"), "--out", str(folder / "set")])
+    meta, data = train.load_dataset(TrainConfig(dataset=str(folder / "set"), block_size=0))
+    assert "".join(meta["vocab"][token] for split in ("train", "val") for token in data[split]) == text
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, dataset):  # noqa: F811
+    """A small run, and what a user gets from it."""
+    out_dir = tmp_path_factory.mktemp("finished")
+    train.train(TrainConfig(
+        out_dir=str(out_dir), dataset=str(dataset), device="cpu", block_size=8, batch_size=2, n_layer=2, n_head=1,
+        n_embd=4, predictor_hidden=1, max_iters=2, eval_interval=1, eval_iters=1,
+    ))  # fmt: skip
+    return out_dir, contents(out_dir)
+
+
+def contents(out_dir):
+    return [
+        (checkpoint.read(out_dir, name), checkpoint.load(out_dir, name, "cpu")[0].state_dict())
+        for name in checkpoint.NAMES
+    ]
+
+
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+def test_any_damage_to_a_checkpoint_is_detected_or_harmless(finished, data):
+    out_dir, expected = finished
+    path = data.draw(
+        st.sampled_from(
+            sorted(p for p in out_dir.iterdir() if p.suffix in (".pt", ".json") and p.name != "config.json")
+        )
+    )
+    whole = path.read_bytes()
+    position = data.draw(st.integers(0, len(whole) - 1))
+    kind = data.draw(st.sampled_from(["flip", "cut", "insert", "zeros"]))
+    damaged = {
+        "flip": whole[:position] + bytes([whole[position] ^ data.draw(st.integers(1, 255))]) + whole[position + 1 :],
+        "cut": whole[:position],
+        "insert": whole[:position] + data.draw(st.binary(min_size=1, max_size=9)) + whole[position:],
+        "zeros": whole[:position] + bytes(len(whole) - position),
+    }[kind]
+    path.write_bytes(damaged)
+    try:
+        assert same(contents(out_dir), expected)
+    except UserError as error:
+        assert "\n" not in str(error)
+    finally:
+        path.write_bytes(whole)
