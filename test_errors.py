@@ -1,4 +1,4 @@
-"""Every mistake of a user's gets one line: what was got, what was expected, what to do. Exit code 1, no file changed."""
+"""Every mistake of a user's gets one line: what was got, what was expected, what to do. No file is changed by it."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,6 @@ import sample
 import train
 from configurator import UserError
 from test_train import ROOT, dataset, prepare, tiny, told  # noqa: F401 (dataset and tiny are fixtures)
-
 
 COMMANDS = {"train": train, "sample": sample, "bench": bench, "plot": plot, "prepare": prepare}
 RUN = (

@@ -1,7 +1,6 @@
 """The commands, as sentences: training, presets, data, sampling, plots, and what they say to a mistake."""
 
 import dataclasses
-import hashlib
 import importlib.util
 import io
 import itertools
