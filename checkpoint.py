@@ -11,9 +11,11 @@ A save writes its .pt files first, under names that no JSON has, and last.json a
 leaves every JSON with the files that belong to it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict
 
 import torch
@@ -34,14 +36,13 @@ def save(out_dir, step, model, training_state, is_best, info):
     """
     info = {"format": FORMAT, "step": step, "model": asdict(model.config), **info}
     files = {"model": _save_tensors(out_dir, f"model-{step}", model.state_dict())}
-    if is_best:
-        commit(out_dir, "best", {**info, "files": dict(files)})
     files["optimizer"] = _save_tensors(out_dir, f"optimizer-{step}", training_state)
+    if is_best:
+        commit(out_dir, "best", {**info, "files": {"model": files["model"]}})
     last = out_dir / "last.json"
     if last.is_file():
         write_whole(out_dir / "previous.json", lambda file: file.write(last.read_bytes()))
     commit(out_dir, "last", {**info, "files": files})
-    remove_unused(out_dir)
 
 
 def commit(out_dir, name, info):
@@ -54,8 +55,8 @@ def read(out_dir, name):
     path = out_dir / f"{name}.json"
     if not path.is_file():
         raise UserError(
-            f"no checkpoint {path}; train one with "
-            f"python train.py config/shakespeare_mod.py --out_dir={out_dir}, or name another folder by --out_dir"
+            f"no checkpoint {path}; train one, as by python train.py config/shakespeare_mod.py --out_dir={out_dir}, "
+            "or name another folder by --out_dir"
         )
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
@@ -106,12 +107,12 @@ def remove_unused(out_dir):
             used |= {file["name"] for file in json.loads((out_dir / f"{name}.json").read_bytes())["files"].values()}
         except FileNotFoundError:
             pass
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return  # it cannot be told what a damaged one names
-    for kind in ("model", "optimizer"):
-        for path in (*out_dir.glob(f"{kind}-*.pt"), *out_dir.glob(f"{kind}-*.pt.tmp")):
-            if path.name not in used:
-                path.unlink(missing_ok=True)
+    for path in out_dir.iterdir():
+        if re.fullmatch(r"(model|optimizer)-\d+(-\d+)?\.pt(\.tmp)?", path.name) and path.name not in used:
+            with contextlib.suppress(OSError):  # Windows deletes no file that another program has open; the next time
+                path.unlink()
 
 
 def write_json(path, content):

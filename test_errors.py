@@ -199,6 +199,11 @@ ROWS = [
         "--resume --out_dir=run --n_layer=3",
         "has another model: n_layer was 2, now 3. Resume with its own options",
     ),
+    (
+        "train",
+        "--resume --out_dir=run --batch_size=8",
+        "counts its steps, tokens and FLOPs by another batch: batch_size was 4",
+    ),
     ("train", "--resume --out_dir=run --max_iters=2", "is at step 3, beyond max_iters 2"),
     ("train", "--resume --out_dir=run --dataset=other_set", "was trained on 'text.txt', not on 'other'; see --dataset"),
     ("train", "typo.py", "unknown option 'learning_rat'; did you mean learning_rate?"),

@@ -184,6 +184,8 @@ def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_to_the_same_end(tiny, where
     assert all(checkpoint.read(Path(config.out_dir), name) for name in checkpoint.NAMES)
     assert f"Resuming {config.out_dir} at step {step}" in capsys.readouterr().out
     assert same(state_of(config), state_of(whole))
+    seconds = [row["train_seconds"] for row in checkpoint.read(Path(config.out_dir), "last")["rows"]]
+    assert seconds == sorted(seconds)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals to itself")
@@ -192,7 +194,7 @@ def test_a_second_ctrl_c_stops_at_once_without_harm(tiny, capsys):  # noqa: F811
     with pytest.raises(SystemExit) as end:
         stop_in(config, ("learning_rate_at", 9), [signal.SIGINT, signal.SIGINT])  # twice per step: in step 4
     assert end.value.code == 130
-    assert capsys.readouterr().out.splitlines()[-1] == "train.py: stopped at once; the last checkpoint is whole"
+    assert capsys.readouterr().out.splitlines()[-1] == "train.py: stopped at once; what was saved before is whole"
     assert checkpoint.read(Path(config.out_dir), "last")["step"] == 3
     train.train(dataclasses.replace(config, resume=True))
     train.train(elsewhere(config, "whole"))
@@ -231,8 +233,13 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(tiny, 
         path = out_dir / ("last.json" if kind == "json" else f"{kind}-8.pt")
         path.write_bytes(path.read_bytes()[:100])
         capsys.readouterr()
-        train.train(dataclasses.replace(config, resume=True))
+        with pytest.raises(
+            SystemExit
+        ):  # at once: the one gone on from must be the last again, before anything is saved
+            stop_in(dataclasses.replace(config, resume=True), ("learning_rate_at", 1), [signal.SIGINT, signal.SIGINT])
         out = capsys.readouterr().out
+        assert checkpoint.read(out_dir, "last")["step"] == 6
+        train.train(dataclasses.replace(config, resume=True))
         assert f"{path} is damaged" in out and "Using the checkpoint before it" in out and "at step 6" in out
         assert same(state_of(config), state_of(whole))
         shutil.rmtree(out_dir)
@@ -303,6 +310,78 @@ def test_a_full_disk_is_reported_and_training_goes_on_when_there_is_space(tiny, 
     )
     assert reports == [str(3 * (call - 1)) if call < 4 else "6" for call in full_at]
     assert same(state_of(tiny), state_of(whole))
+
+
+def test_two_runs_in_one_folder_do_not_meet(tiny, monkeypatch):  # noqa: F811
+    evaluate = train.evaluate
+    met = []
+
+    def meanwhile(*args):
+        before = {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()}
+        for second in (tiny, dataclasses.replace(tiny, resume=True)):
+            with pytest.raises(
+                UserError, match="another train.py is at work in .*; wait for it, or name another --out_dir"
+            ):
+                train.train(second)
+            met.append(second)
+        assert {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()} == before
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", meanwhile)
+    train.train(tiny)
+    assert len(met) == 6
+
+
+def test_files_of_the_users_are_not_removed(tiny):  # noqa: F811
+    train.train(tiny)
+    for name in ("model-3-backup.pt", "model-mine.pt", "notes.txt"):
+        (Path(tiny.out_dir) / name).write_text("mine")
+    train.train(dataclasses.replace(tiny, max_iters=12, resume=True))
+    for name in ("model-3-backup.pt", "model-mine.pt", "notes.txt"):
+        assert (Path(tiny.out_dir) / name).read_text() == "mine"
+
+
+def test_an_attempt_that_came_to_nothing_leaves_no_trace_in_the_next(tiny, capsys):  # noqa: F811
+    train.train(tiny)
+    argv = ["--resume", f"--out_dir={tiny.out_dir}"]
+    with pytest.raises(SystemExit):
+        train.main([*argv, "--max_iters=40", "--eval_interval=40", "--learning_rate=1e18"])
+    (Path(tiny.out_dir) / "config.json").write_bytes(b"")  # not needed either
+    capsys.readouterr()
+    train.main(argv)
+    assert "Not exactly" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", ["all", "optimizer"])
+def test_best_is_the_best_of_those_that_were_saved(tiny, at, monkeypatch):  # noqa: F811
+    losses = iter([3.0, 1.0, 2.0, 2.5])  # at steps 0, 3, 6 and 9
+    save, calls = checkpoint.save, []
+
+    def fails_once(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return save(*args)
+
+    def full(tensors, out_dir, name, content):
+        if name == "optimizer-3":
+            raise OSError(28, "No space left on device")
+        return tensors(out_dir, name, content)
+
+    def evaluated(*args):
+        loss = next(losses)
+        return {"val_loss_causal": loss, "val_loss_topk": loss}
+
+    if at == "all":
+        monkeypatch.setattr(checkpoint, "save", fails_once)
+    else:  # the larger file alone
+        tensors = checkpoint._save_tensors
+        monkeypatch.setattr(checkpoint, "_save_tensors", lambda *a: full(tensors, *a))
+    monkeypatch.setattr(train, "evaluate", evaluated)
+    train.train(tiny)
+    assert checkpoint.read(Path(tiny.out_dir), "best")["step"] == 6
+    train.train(dataclasses.replace(tiny, max_iters=9, resume=True))
+    assert checkpoint.read(Path(tiny.out_dir), "best")["step"] == 6  # the resumed run knows it
 
 
 # Properties

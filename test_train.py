@@ -295,7 +295,8 @@ def test_what_is_not_a_run_is_never_moved_or_overwritten(tiny):
     train.train(dataclasses.replace(tiny, out_dir=str(out_dir / "inner")))
     train.train(tiny)
     train.train(tiny)
-    assert (out_dir / "notes.txt").exists() and (out_dir / "inner" / "last.json").exists()
+    kept = out_dir.with_name("run.1")
+    assert (kept / "notes.txt").exists() and (kept / "inner" / "last.json").exists()
 
 
 def test_a_run_that_diverges_stops_and_says_what_to_try(tiny):

@@ -14,8 +14,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import platform
 import runpy
+import shlex
 import signal
 import sys
 import threading
@@ -23,6 +25,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -88,8 +91,11 @@ def main(argv=None):
     except (UserError, OSError) as error:  # OSError: a disk that is full, a folder that cannot be written
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt as stopped:
-        print(str(stopped) or "train.py: stopped at once; the last checkpoint is whole")
+        print(str(stopped) or "train.py: stopped at once; what was saved before is whole")
         sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"train.py: {reason} Halve --batch_size and double --gradient_accumulation_steps: the same training")
 
 
 def train(config):
@@ -154,13 +160,17 @@ def train(config):
             write_metrics(out_dir, rows)
             checkpoint.save(out_dir, step, model, state, loss < best, info)
         except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
+            if stop.again:
+                raise KeyboardInterrupt from None  # and of a second Ctrl-C
             tqdm.write(f"step {step:,}: the checkpoint could not be saved ({error}); the one before it is whole")
         else:
             saved, best = step, min(best, loss)
+        checkpoint.remove_unused(out_dir)
 
     bar = tqdm(total=config.max_iters, initial=start, disable=None, unit="step", dynamic_ncols=True)
-    with Stop() as stop:
+    with only_run_in(out_dir), Stop() as stop:
         for step in range(start, config.max_iters + 1):
+            # A run that was stopped while it evaluated was saved without the row of that step, and makes it now.
             evaluated = rows and rows[-1]["step"] == step
             if (step % config.eval_interval == 0 or step == config.max_iters) and not evaluated:
                 means = mean_since(rows, step, loss_sum, aux_sum)  # first: on a GPU this waits until the steps are done
@@ -176,6 +186,7 @@ def train(config):
                     tqdm.write(report(row, config.max_iters))
                 clock = time.perf_counter()
                 save(step)
+                clock = time.perf_counter()
             if stop.requested or step == config.max_iters:
                 break
 
@@ -211,7 +222,7 @@ def train(config):
         if saved != step:
             raise UserError(f"the run ends at step {step:,} without a checkpoint of it; make space, then --resume")
         if not rows or rows[-1]["step"] < config.max_iters:
-            go_on = f"python train.py --resume --out_dir={config.out_dir}"
+            go_on = f"python train.py --resume --out_dir={shlex.quote(config.out_dir)}"
             raise KeyboardInterrupt(f"Stopped and saved at step {step:,}. Go on with: {go_on}")
 
     best_row = min(rows, key=lambda row: row["val_loss_causal"])
@@ -229,7 +240,9 @@ def options_of_the_run(given):
     if not given.get("resume"):
         return {}
     out_dir = given.get("out_dir", TrainConfig.out_dir)
-    saved = saved_config(Path(out_dir))
+    # First those of the checkpoint: config.json may be of a later attempt that came to nothing.
+    found = (saved_config(Path(out_dir), f"{name}.json") for name in ("last", "previous", "config"))
+    saved = next((options for options in found if options is not None), None)
     if saved is None:
         raise UserError(
             f"nothing to resume in {out_dir}: no config.json of a run of train.py there; name its folder by --out_dir, "
@@ -240,11 +253,11 @@ def options_of_the_run(given):
     return saved
 
 
-def saved_config(out_dir):
-    """The options in the config.json of a run; None if there is no such file of ours."""
+def saved_config(out_dir, name="config.json"):
+    """The options in the config.json, or a checkpoint's JSON, of a run; None if there is no such file of ours."""
     names = {field.name for field in dataclasses.fields(TrainConfig)} - {"out_dir", "resume"}
     try:
-        saved = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))["config"]
+        saved = json.loads((out_dir / name).read_text(encoding="utf-8"))["config"]
         return {name: value for name, value in saved.items() if name in names}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
@@ -527,7 +540,7 @@ def versions(config):
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "device": name,
+        "hardware": name,
         "threads": torch.get_num_threads(),
     }
 
@@ -552,23 +565,35 @@ def keep_earlier_run(out_dir):
         raise UserError(f"{out_dir} holds a {found[0]} that is not from a run; name another folder by --out_dir")
     out_dir.mkdir(parents=True, exist_ok=True)
     if found:
-        number = 1
-        while (aside := out_dir.with_name(f"{out_dir.name}.{number}")).exists():
-            number += 1
-        aside.mkdir()
-        for name in found:
-            (out_dir / name).rename(aside / name)
+        with only_run_in(out_dir):
+            number = 1
+            while (aside := out_dir.with_name(f"{out_dir.name}.{number}")).exists():
+                number += 1
+        out_dir.rename(aside)  # in one move: there is no moment at which half of it is here and half there
+        out_dir.mkdir()
         print(f"{out_dir} holds an earlier run: moved to {aside} (to go on with it instead: --resume)")
+
+
+@contextlib.contextmanager
+def only_run_in(out_dir):
+    """No second train.py in this folder meanwhile. The lock is the operating system's and ends with the process."""
+    try:
+        with filelock.FileLock(out_dir / "lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(f"another train.py is at work in {out_dir}; wait for it, or name another --out_dir") from None
 
 
 def resume(out_dir, model, optimizer, config, meta, facts):
     """Load the run's last whole checkpoint into model and optimizer; returns its step, rows, best loss, progress."""
+    with only_run_in(out_dir):  # or the checkpoint read now may not be the last
+        pass
     try:
         info = checkpoint.read(out_dir, "last")
-    except UserError as damage:
+    except (UserError, OSError) as damage:
         try:
             info = checkpoint.read(out_dir, "previous")
-        except UserError:
+        except (UserError, OSError):
             raise damage from None
         print(f"{damage}. Using the checkpoint before it")
     state = checkpoint.tensors(out_dir, info, "optimizer")
@@ -579,25 +604,31 @@ def resume(out_dir, model, optimizer, config, meta, facts):
     shape = differences(info["model"], asdict(model.config))
     if shape:
         raise UserError(f"the run in {out_dir} has another model: {shape}. Resume with its own options")
+    ours = {name: value for name, value in asdict(config).items() if name not in ("out_dir", "resume")}
+    step_size = differences(
+        {name: info["config"][name] for name in ("batch_size", "gradient_accumulation_steps")}, ours
+    )
+    if step_size:
+        raise UserError(f"the run in {out_dir} counts its steps, tokens and FLOPs by another batch: {step_size}")
     if info["step"] > config.max_iters:
         raise UserError(f"the run in {out_dir} is at step {info['step']}, beyond max_iters {config.max_iters}")
     print(f"Resuming {out_dir} at step {info['step']:,}")
-    ours = {name: value for name, value in asdict(config).items() if name not in ("out_dir", "resume")}
     changed = differences({**info["config"], **info["versions"]}, {**ours, **facts["versions"]})
     if changed:
         print(f"Not exactly the run that stopped: {changed}")
     model.load_state_dict(checkpoint.tensors(out_dir, info, "model"))
     state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # options may have changed
     optimizer.load_state_dict(state["optimizer"])
-    # Now the one to go on from is the last again, whole, and cannot push a damaged one into previous.json.
+    # Where the last one was damaged, the one before it takes its place: or the next save would make the damaged one
+    # previous.json, and for a moment there would be no whole checkpoint.
     checkpoint.commit(out_dir, "last", info)
     best = math.inf
     try:
         best_info = checkpoint.read(out_dir, "best")
-        if best_info["step"] <= info["step"]:  # a later one is of the steps that are made again now
+        if best_info["step"] <= info["step"]:  # a later one is of steps that are made again now, after a kill
             best = best_info["rows"][-1]["val_loss_causal"]
-    except UserError as damage:
-        print(f"{damage}. The next evaluation makes a new one")
+    except (UserError, OSError) as damage:
+        print(f"The best checkpoint is lost ({damage}); the next evaluation takes its place")
     return info["step"], info["rows"], best, state["progress"]
 
 
@@ -614,10 +645,10 @@ def write_metrics(out_dir, rows):
 class Stop:
     """
     While it is entered, Ctrl-C and SIGTERM only ask to stop: `requested` is then the signal's number, to be looked at
-    where stopping is safe. A second one stops at once.
+    where stopping is safe. A second one stops at once (`again`).
     """
 
-    requested = None
+    requested, again = None, False
 
     def __enter__(self):
         self.handlers = {}
@@ -627,8 +658,10 @@ class Stop:
 
     def ask(self, number, frame):
         if self.requested:
+            self.again = True
             raise KeyboardInterrupt
         self.requested = number
+        os.write(2, b"\nStopping after this step. Once more: at once\n")  # print may not be called within a signal
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
