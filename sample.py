@@ -43,13 +43,13 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")  # a Windows console may not know every character
     try:
         sample(load(SampleConfig, argv, __doc__.split(",")[0]))
-    except UserError as error:
-        sys.exit(f"sample.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:  # who reads has seen enough, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
         sys.exit(1)
+    except (UserError, OSError) as error:  # OSError: a file that may not be read
+        sys.exit(f"sample.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def sample(config):

@@ -321,6 +321,15 @@ def test_a_mistake_in_a_notebook_is_an_exception_not_an_exit(tiny):  # noqa: F81
         train.train(dataclasses.replace(tiny, capacity=2.0))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes into head")
+def test_a_reader_that_has_seen_enough_ends_sampling_without_a_word(place):
+    command = [sys.executable, str(ROOT / "sample.py"), "--out_dir=run", "--device=cpu", "--max_new_tokens=3000"]
+    process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
+
+
 def test_a_fault_of_ours_keeps_its_traceback(tiny, monkeypatch):  # noqa: F811
     monkeypatch.setattr(train, "evaluate", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -104,7 +104,8 @@ def train(config):
 
     Returns the rows of metrics.jsonl: one dict per evaluation, losses in nats per token. Raises UserError for options
     or data that cannot work, before any time is spent, and for a run that diverges; KeyboardInterrupt, after saving, if
-    Ctrl-C or SIGTERM asks it to stop.
+    Ctrl-C or SIGTERM asks it to stop. With config.resume it goes on with the run in out_dir, with exactly these options
+    (the command line takes the run's own where none are given).
     """
     # What the run is: options, data, model. All that can be wrong with them shows here.
     config = resolve(config)
