@@ -24,15 +24,23 @@ from configurator import UserError
 from test_train import dataset, prepare, run, tiny, told, weights_of  # noqa: F401 (dataset and tiny are fixtures)
 from train import TrainConfig
 
-forks = pytest.mark.skipif(sys.platform != "linux", reason="kills a process that was forked from this one")
+forks = pytest.mark.skipif(sys.platform != "linux", reason="kills processes, many and therefore forked ones")
 KILLS = int(os.environ.get("KILLS", 10))  # at random moments; the README reports a run with 200
 
 
-def in_a_process(work):
-    """Run work() in a process forked from this one; returns the process."""
-    process = multiprocessing.get_context("fork").Process(target=work)
+def in_a_process(work, *args):
+    """Run work(*args) in another process; returns the process."""
+    # Forked from a server that has imported all this and does nothing else: in a fork of the test process itself a lock
+    # that one of its other threads holds would never be released.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_resume"])
+    process = context.Process(target=work, args=args, daemon=True)
     process.start()
     return process
+
+
+def train_on(config):
+    train.train(go_on(config))
 
 
 def go_on(config):
@@ -106,8 +114,8 @@ def test_killed_at_any_point_of_a_save_a_run_goes_on_to_the_same_end(tiny):  # n
     assert len(calls) > 25
     for point, call in enumerate(calls):
         config = elsewhere(tiny, f"killed-{point}")
-        process = in_a_process(lambda config=config, point=point: kill_at(config, point, half=point % 4 == 0))
-        process.join()
+        process = in_a_process(kill_at, config, point, point % 4 == 0)
+        process.join(60)
         assert process.exitcode == -signal.SIGKILL, (point, call)
         train.train(go_on(config))
         assert same(state_of(config), expected), (point, call)
@@ -125,7 +133,7 @@ def test_killed_at_random_moments_a_run_goes_on_to_the_same_end(tiny):  # noqa: 
     expected = state_of(whole)
     kills = 0
     while kills < KILLS:
-        process = in_a_process(lambda: train.train(go_on(config)))
+        process = in_a_process(train_on, config)
         process.join(rng.uniform(0, 1.2 * seconds))
         if process.is_alive():
             process.kill()

@@ -6,7 +6,8 @@ Train a GPT, Mixture-of-Depths or dense:
     python train.py --resume --out_dir=out-quarter
 
 Read from top to bottom: the options, the recipe (`train`), what it is made of (data, learning rate, optimizer,
-evaluation). A notebook calls the same function: `train(TrainConfig(...))`.
+evaluation). What keeps a run from being lost is in resume.py and checkpoint.py. A notebook calls the same function:
+`train(TrainConfig(...))`.
 """
 
 import contextlib
@@ -14,23 +15,20 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
 import runpy
 import shlex
-import signal
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import checkpoint
+import resume
 from configurator import UserError, load, option, pick_device
 from mod import CAUSAL_METHODS, GPT, SELECTIONS, GPTConfig, forward_flops
 
@@ -128,12 +126,12 @@ def train(config):
     facts = {"parameters": model.num_parameters(), "flops_per_step": step_flops, "versions": versions(config)}
     start, rows, best, progress = 0, [], math.inf, {"loss_sum": 0.0, "aux_sum": 0.0, "train_seconds": 0.0}
     if config.resume:
-        start, rows, best, progress = resume(out_dir, model, optimizer, config, meta, facts)
+        start, rows, best, progress = resume.load(out_dir, model, optimizer, config, meta, facts["versions"])
     else:
-        keep_earlier_run(out_dir)
+        resume.keep_earlier_run(out_dir)
     # From here on the folder counts as a run, however early it ends.
     checkpoint.write_json(out_dir / "config.json", {"config": asdict(config), **facts, "data": meta})
-    write_metrics(out_dir, rows)
+    resume.write_metrics(out_dir, rows)
     tokens = " and ".join(f"{len(split):,} {name}" for name, split in data.items())
     print(f"{meta['source']}: {tokens} tokens, a vocabulary of {meta['vocab_size']}")
     print(describe(model, config))
@@ -158,7 +156,7 @@ def train(config):
         state = {"optimizer": optimizer.state_dict(), "progress": progress}
         info = {"data": meta, "config": asdict(config), "rows": rows, "versions": facts["versions"]}
         try:
-            write_metrics(out_dir, rows)
+            resume.write_metrics(out_dir, rows)
             checkpoint.save(out_dir, step, model, state, loss < best, info)
         except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
             if stop.again:
@@ -169,7 +167,7 @@ def train(config):
         checkpoint.remove_unused(out_dir)
 
     bar = tqdm(total=config.max_iters, initial=start, disable=None, unit="step", dynamic_ncols=True)
-    with only_run_in(out_dir), Stop() as stop:
+    with resume.only_run_in(out_dir), resume.Stop() as stop:
         for step in range(start, config.max_iters + 1):
             # A run that was stopped while it evaluated was saved without the row of that step, and makes it now.
             evaluated = rows and rows[-1]["step"] == step
@@ -242,26 +240,18 @@ def options_of_the_run(given):
         return {}
     out_dir = given.get("out_dir", TrainConfig.out_dir)
     # First those of the checkpoint: config.json may be of a later attempt that came to nothing.
-    found = (saved_config(Path(out_dir), f"{name}.json") for name in ("last", "previous", "config"))
+    found = (resume.saved_options(Path(out_dir), f"{name}.json") for name in ("last", "previous", "config"))
     saved = next((options for options in found if options is not None), None)
     if saved is None:
         raise UserError(
             f"nothing to resume in {out_dir}: no config.json of a run of train.py there; name its folder by --out_dir, "
             "or begin one without --resume"
         )
+    names = {field.name for field in dataclasses.fields(TrainConfig)} - {"out_dir", "resume"}
+    saved = {name: value for name, value in saved.items() if name in names}
     if {"max_iters", "flop_budget"} & given.keys():  # a new length replaces the old one, however it was given
         saved |= {"max_iters": 0, "flop_budget": 0.0}
     return saved
-
-
-def saved_config(out_dir, name="config.json"):
-    """The options in the config.json, or a checkpoint's JSON, of a run; None if there is no such file of ours."""
-    names = {field.name for field in dataclasses.fields(TrainConfig)} - {"out_dir", "resume"}
-    try:
-        saved = json.loads((out_dir / name).read_text(encoding="utf-8"))["config"]
-        return {name: value for name, value in saved.items() if name in names}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
 
 
 def resolve(config):
@@ -544,129 +534,6 @@ def versions(config):
         "hardware": name,
         "threads": torch.get_num_threads(),
     }
-
-
-def keep_earlier_run(out_dir):
-    """Make `out_dir`; the files that an earlier run left there move to out_dir.1, .2, ..."""
-    if out_dir.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(
-            f"out_dir {str(out_dir)!r} is the folder you are in or one above it; name one below, such as out"
-        )
-    patterns = (
-        "config.json",
-        "metrics.jsonl",
-        "best.json",
-        "last.json",
-        "previous.json",
-        "model-*.pt*",
-        "optimizer-*.pt*",
-    )
-    found = [path.name for pattern in (*patterns, "best.pt", "last.pt") for path in sorted(out_dir.glob(pattern))]
-    if found and saved_config(out_dir) is None:
-        raise UserError(f"{out_dir} holds a {found[0]} that is not from a run; name another folder by --out_dir")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if found:
-        with only_run_in(out_dir):
-            number = 1
-            while (aside := out_dir.with_name(f"{out_dir.name}.{number}")).exists():
-                number += 1
-        out_dir.rename(aside)  # in one move: there is no moment at which half of it is here and half there
-        out_dir.mkdir()
-        print(f"{out_dir} holds an earlier run: moved to {aside} (to go on with it instead: --resume)")
-
-
-@contextlib.contextmanager
-def only_run_in(out_dir):
-    """No second train.py in this folder meanwhile. The lock is the operating system's and ends with the process."""
-    try:
-        with filelock.FileLock(out_dir / "lock", timeout=0):
-            yield
-    except filelock.Timeout:
-        raise UserError(f"another train.py is at work in {out_dir}; wait for it, or name another --out_dir") from None
-
-
-def resume(out_dir, model, optimizer, config, meta, facts):
-    """Load the run's last whole checkpoint into model and optimizer; returns its step, rows, best loss, progress."""
-    with only_run_in(out_dir):  # or the checkpoint read now may not be the last
-        pass
-    try:
-        info = checkpoint.read(out_dir, "last")
-    except (UserError, OSError) as damage:
-        try:
-            info = checkpoint.read(out_dir, "previous")
-        except (UserError, OSError):
-            raise damage from None
-        print(f"{damage}. Using the checkpoint before it")
-    state = checkpoint.tensors(out_dir, info, "optimizer")
-    if info["data"]["text_sha256"] != meta["text_sha256"]:
-        raise UserError(
-            f"{out_dir} was trained on {info['data']['source']!r}, not on {meta['source']!r}; see --dataset"
-        )
-    shape = differences(info["model"], asdict(model.config))
-    if shape:
-        raise UserError(f"the run in {out_dir} has another model: {shape}. Resume with its own options")
-    ours = {name: value for name, value in asdict(config).items() if name not in ("out_dir", "resume")}
-    step_size = differences(
-        {name: info["config"][name] for name in ("batch_size", "gradient_accumulation_steps")}, ours
-    )
-    if step_size:
-        raise UserError(f"the run in {out_dir} counts its steps, tokens and FLOPs by another batch: {step_size}")
-    if info["step"] > config.max_iters:
-        raise UserError(f"the run in {out_dir} is at step {info['step']}, beyond max_iters {config.max_iters}")
-    print(f"Resuming {out_dir} at step {info['step']:,}")
-    changed = differences({**info["config"], **info["versions"]}, {**ours, **facts["versions"]})
-    if changed:
-        print(f"Not exactly the run that stopped: {changed}")
-    model.load_state_dict(checkpoint.tensors(out_dir, info, "model"))
-    state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # options may have changed
-    optimizer.load_state_dict(state["optimizer"])
-    # Where the last one was damaged, the one before it takes its place: or the next save would make the damaged one
-    # previous.json, and for a moment there would be no whole checkpoint.
-    checkpoint.commit(out_dir, "last", info)
-    best = math.inf
-    try:
-        best_info = checkpoint.read(out_dir, "best")
-        if best_info["step"] <= info["step"]:  # a later one is of steps that are made again now, after a kill
-            best = best_info["rows"][-1]["val_loss_causal"]
-    except (UserError, OSError) as damage:
-        print(f"The best checkpoint is lost ({damage}); the next evaluation takes its place")
-    return info["step"], info["rows"], best, state["progress"]
-
-
-def differences(before, now):
-    changed = [name for name in now if name in before and before[name] != now[name]]
-    return ", ".join(f"{name} was {before[name]}, now {now[name]}" for name in changed)
-
-
-def write_metrics(out_dir, rows):
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    checkpoint.write_whole(out_dir / "metrics.jsonl", lambda file: file.write(lines.encode("utf-8")))
-
-
-class Stop:
-    """
-    While it is entered, Ctrl-C and SIGTERM only ask to stop: `requested` is then the signal's number, to be looked at
-    where stopping is safe. A second one stops at once (`again`).
-    """
-
-    requested, again = None, False
-
-    def __enter__(self):
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self.handlers = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, number, frame):
-        if self.requested:
-            self.again = True
-            raise KeyboardInterrupt
-        self.requested = number
-        os.write(2, b"\nStopping after this step. Once more: at once\n")  # print may not be called within a signal
-
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
