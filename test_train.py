@@ -588,6 +588,23 @@ def test_show_depth_marks_each_character_with_the_number_of_blocks_that_took_it(
     assert len(set(marks.strip())) > 1
 
 
+def test_each_sample_has_its_own_marks(tiny, monkeypatch, capsys):
+    train.train(dataclasses.replace(tiny, selection="stochastic", n_layer=4, capacity=0.5))
+    follow, taken = sample.follow, []
+
+    def other_decisions_for_the_second(*args):
+        texts, decided, *rest = follow(*args)
+        decided[:, 1] = ~decided[:, 0]
+        taken.append(decided)
+        return texts, decided, *rest
+
+    monkeypatch.setattr(sample, "follow", other_decisions_for_the_second)
+    capsys.readouterr()
+    sample.main([f"--out_dir={tiny.out_dir}", "--device=cpu", "--max_new_tokens=9", "--num_samples=2", "--show_depth"])
+    _, second = capsys.readouterr().out.split("-" * 80 + "\n")
+    assert marked("\n\n" + second)[1] == "".join(".12"[d] for d in taken[0][:, 1].sum(dim=0).tolist())
+
+
 def test_depth_in_colour_is_the_same_text_with_a_background_per_depth():
     console = depth.Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=5, no_color=False)
     printer = depth.DepthPrinter(2, console)
@@ -631,7 +648,7 @@ def test_pictures_of_the_depth(tiny, tmp_path, monkeypatch, capsys):
     svg = ElementTree.parse(tmp_path / "text.svg")
     drawn = "".join(e.text or "" for e in svg.iter("{http://www.w3.org/2000/svg}text"))
     assert "".join(text.split()) in "".join(drawn.replace("\N{PILCROW SIGN}", "").split())
-    assert "url(http" not in (tmp_path / "text.svg").read_text(encoding="utf-8")
+    assert "@font-face" not in (tmp_path / "text.svg").read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["map.png", "text.svg"]
 
 
