@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 import torch
 from tqdm import tqdm
 
-from configurator import UserError, load, option, pick_device
+from configurator import UserError, errors_in_one_line, load, option, pick_device
 from mod import GPT, GPTConfig, KVCache, forward_flops, pick_token
 from train import TrainConfig, autocast, configure_optimizer, resolve
 
@@ -46,13 +46,11 @@ class BenchConfig:
 
 
 def main(argv=None):
-    try:
+    with errors_in_one_line("bench.py", "take a smaller --batch_size or model"):
         options = load(BenchConfig, argv, __doc__.split(":")[0])
         if options.check:
             sys.exit(1 if check(options) else 0)
         print(json.dumps(bench(options)))
-    except UserError as error:
-        sys.exit(f"bench.py: {error}")
 
 
 def bench(options):
@@ -164,7 +162,6 @@ def bench_sampling(configs, options, machine):
     print(f"This device: {limits.peak / 1e9:,.0f} GFLOP/s in matrix products, reads {limits.bandwidth / 1e9:,.1f} GB/s")
     models = {name: sampling_model(config, machine) for name, config in configs.items()}
     figures = {B: sampling_figures(B, models, limits, options, machine) for B in (1, 16)}
-
     return {**figures[1], "batch_16": figures[16], **asdict(limits)}
 
 

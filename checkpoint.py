@@ -13,6 +13,7 @@ leaves every JSON with the files that belong to it.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -141,8 +142,8 @@ def write_whole(path, write):
 
 def _save_tensors(out_dir, name, content):
     # Where a run was stopped and went on, the same step may be saved twice: never over a file that a JSON names.
-    free = (out_dir / f"{name}{end}.pt" for end in ("", *(f"-{i}" for i in range(2, 10_000))))
-    path = next(path for path in free if not path.exists())
+    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    path = next(path for path in (out_dir / f"{name}.pt" for name in names) if not path.exists())
     return {"name": path.name, "sha256": write_whole(path, lambda file: torch.save(content, file))}
 
 

@@ -8,9 +8,11 @@ without a GPU. The order, later wins: defaults, preset, its cpu part, command li
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import runpy
+import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +20,29 @@ import torch
 
 class UserError(Exception):
     """A mistake of the user's, told in one line: what was got, what was expected, what to do."""
+
+
+@contextlib.contextmanager
+def errors_in_one_line(script, smaller):
+    """
+    Around a tool's work: a user's mistake ends it with one line on stderr, a fault of ours with its whole traceback.
+
+    smaller: what to do when the memory is too small.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:  # OSError: a disk that is full, a file that may not be read
+        sys.exit(f"{script}: {error}")
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).split("\n")[0]
+        # PyTorch says it in words alone: those of CUDA and MPS, and those of a CPU.
+        if not (isinstance(error, MemoryError) or "out of memory" in reason or "alloc_cpu" in reason):
+            raise
+        sys.exit(f"{script}: out of memory ({reason}); {smaller}")
+    except KeyboardInterrupt as stopped:
+        if str(stopped):
+            print(stopped)
+        sys.exit(130)
 
 
 def option(default, help, choices=None):
@@ -103,17 +128,18 @@ def _convert(field, value, where):
             hint = _nearest(value, choices)
             raise UserError(f"{where} must be one of {', '.join(choices)}; got {str(value)!r}{hint}")
         return matches[0]
-    expected = {bool: "True or False", int: "a whole number in digits", float: "a number", str: "a text"}[field.type]
+    expected = {bool: "True or False", int: "a whole number in digits", float: "a number", str: "a text in UTF-8"}
     try:
         if field.type is bool:
             return {"true": True, "false": False}[str(value).lower()]
         if isinstance(value, str):
+            value.encode("utf-8")  # it goes into JSON files; the name of a folder may be bytes that are no text
             return field.type(value)
         if isinstance(value, bool) or not isinstance(value, (int, float) if field.type is float else field.type):
             raise ValueError
         return field.type(value)
     except (ValueError, KeyError, TypeError, OverflowError):
-        raise UserError(f"{where} expects {expected}, got {value!r}") from None
+        raise UserError(f"{where} expects {expected[field.type]}, got {value!r}") from None
 
 
 def _short(value):

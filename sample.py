@@ -18,7 +18,7 @@ import torch
 
 import checkpoint
 import depth
-from configurator import UserError, load, option, pick_device
+from configurator import UserError, errors_in_one_line, load, option, pick_device
 from mod import KVCache
 
 
@@ -41,15 +41,13 @@ class SampleConfig:
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a Windows console may not know every character
-    try:
-        sample(load(SampleConfig, argv, __doc__.split(",")[0]))
-    except BrokenPipeError:  # who reads has seen enough, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
-        sys.exit(1)
-    except (UserError, OSError) as error:  # OSError: a file that may not be read
-        sys.exit(f"sample.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with errors_in_one_line("sample.py", "take fewer samples at once by a smaller --num_samples"):
+        try:
+            sample(load(SampleConfig, argv, __doc__.split(",")[0]))
+        except BrokenPipeError:  # who reads has seen enough, such as `| head`
+            # Or Python complains when it flushes at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
 
 def sample(config):

@@ -202,7 +202,7 @@ def test_a_second_ctrl_c_stops_at_once_without_harm(tiny, capsys):  # noqa: F811
     with pytest.raises(SystemExit) as end:
         stop_in(config, ("learning_rate_at", 9), [signal.SIGINT, signal.SIGINT])  # twice per step: in step 4
     assert end.value.code == 130
-    assert capsys.readouterr().out.splitlines()[-1] == "train.py: stopped at once; what was saved before is whole"
+    assert capsys.readouterr().out.splitlines()[-1] == "Stopped at once; what was saved before is whole"
     assert checkpoint.read(Path(config.out_dir), "last")["step"] == 3
     train.train(dataclasses.replace(config, resume=True))
     train.train(elsewhere(config, "whole"))
@@ -258,6 +258,48 @@ def test_only_the_tensors_that_a_checkpoint_names_are_kept(tiny):  # noqa: F811
     out_dir = Path(tiny.out_dir)
     named = {f["name"] for name in checkpoint.NAMES for f in checkpoint.read(out_dir, name)["files"].values()}
     assert {path.name for path in out_dir.glob("*.pt")} == named and 4 <= len(named) <= 5
+
+
+def test_a_run_that_moves_to_another_machine_finds_out_again_what_auto_means(tiny, monkeypatch, capsys):  # noqa: F811
+    argv = [f"--{name}={value}" for name, value in dataclasses.asdict(tiny).items() if name != "compile"]
+    train.main([*argv, "--compile=auto"])
+    resolve, seen = train.resolve, []
+    monkeypatch.setattr(train, "resolve", lambda config: (seen.append(config), resolve(config))[1])
+    monkeypatch.setattr(train.platform, "machine", lambda: "abacus")
+    capsys.readouterr()
+    train.main(["--resume", f"--out_dir={tiny.out_dir}"])
+    assert (seen[0].compile, seen[0].dtype, seen[0].device) == ("auto", "auto", "cpu")
+    assert re.search("Not exactly the run that stopped: hardware was .*, now abacus\n", capsys.readouterr().out)
+
+
+def test_what_was_evaluated_is_saved_before_it_is_reported(tiny, monkeypatch):  # noqa: F811
+    def unwritable(line):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.tqdm, "write", unwritable)
+    with pytest.raises(OSError):
+        train.train(tiny)
+    assert [row["step"] for row in checkpoint.read(Path(tiny.out_dir), "last")["rows"]] == [0]
+
+
+def test_files_stay_where_it_cannot_be_told_what_a_damaged_checkpoint_names(tiny):  # noqa: F811
+    train.train(tiny)
+    out_dir = Path(tiny.out_dir)
+    (out_dir / "previous.json").write_bytes(b"{")
+    before = sorted(path.name for path in out_dir.iterdir())
+    checkpoint.remove_unused(out_dir)
+    assert sorted(path.name for path in out_dir.iterdir()) == before
+
+
+def test_a_best_checkpoint_of_steps_that_are_made_again_does_not_count(tiny, monkeypatch):  # noqa: F811
+    """Killed between best.json and last.json, a run has a best checkpoint that is later than its last one."""
+    train.train(tiny)
+    out_dir = Path(tiny.out_dir)
+    shutil.copyfile(out_dir / "last.json", out_dir / "best.json")
+    shutil.copyfile(out_dir / "previous.json", out_dir / "last.json")
+    train.train(dataclasses.replace(tiny, resume=True))
+    best = checkpoint.read(out_dir, "best")
+    assert best["step"] == 6 and best["files"]["model"] == checkpoint.read(out_dir, "last")["files"]["model"]
 
 
 def test_mistakes_with_resume(tiny, tmp_path):  # noqa: F811

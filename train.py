@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import checkpoint
 import resume
-from configurator import UserError, load, option, pick_device
+from configurator import UserError, errors_in_one_line, load, option, pick_device
 from mod import CAUSAL_METHODS, GPT, SELECTIONS, GPTConfig, forward_flops
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -83,17 +83,8 @@ class TrainConfig:
 
 
 def main(argv=None):
-    try:
-        config = load(TrainConfig, argv, __doc__.split(":")[0], preset=True, base=options_of_the_run)
-        train(config)
-    except (UserError, OSError) as error:  # OSError: a disk that is full, a folder that cannot be written
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt as stopped:
-        print(str(stopped) or "train.py: stopped at once; what was saved before is whole")
-        sys.exit(130)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        sys.exit(f"train.py: {reason} Halve --batch_size and double --gradient_accumulation_steps: the same training")
+    with errors_in_one_line("train.py", "halve --batch_size, double --gradient_accumulation_steps: the same training"):
+        train(load(TrainConfig, argv, __doc__.split(":")[0], preset=True, base=options_of_the_run))
 
 
 def train(config):
@@ -106,6 +97,7 @@ def train(config):
     (the command line takes the run's own where none are given).
     """
     # What the run is: options, data, model. All that can be wrong with them shows here.
+    asked = {name: getattr(config, name) for name in ("device", "dtype", "compile")}
     config = resolve(config)
     if config.eval_only:
         return evaluate_checkpoint(config)
@@ -123,14 +115,16 @@ def train(config):
 
     # Where it goes: on with the run that stands there, or that one is moved aside, never overwritten.
     out_dir = Path(config.out_dir)
-    facts = {"parameters": model.num_parameters(), "flops_per_step": step_flops, "versions": versions(config)}
-    start, rows, best, progress = 0, [], math.inf, {"loss_sum": 0.0, "aux_sum": 0.0, "train_seconds": 0.0}
+    info = {"config": asdict(config), "asked": asked, "versions": versions(config), "data": meta}
     if config.resume:
-        start, rows, best, progress = resume.load(out_dir, model, optimizer, config, meta, facts["versions"])
+        progress = resume.load(out_dir, model, optimizer, config, info)
     else:
         resume.keep_earlier_run(out_dir)
+        progress = resume.Progress()
+    rows = progress.rows
     # From here on the folder counts as a run, however early it ends.
-    checkpoint.write_json(out_dir / "config.json", {"config": asdict(config), **facts, "data": meta})
+    size = {"parameters": model.num_parameters(), "flops_per_step": step_flops}
+    checkpoint.write_json(out_dir / "config.json", {**info, **size})
     resume.write_metrics(out_dir, rows)
     tokens = " and ".join(f"{len(split):,} {name}" for name, split in data.items())
     print(f"{meta['source']}: {tokens} tokens, a vocabulary of {meta['vocab_size']}")
@@ -144,51 +138,27 @@ def train(config):
     # the random state that there is to save.
     if config.compile == "True":
         model.compile()
-    loss_sum, aux_sum, train_seconds = progress["loss_sum"], progress["aux_sum"], progress["train_seconds"]
-    saved, logged_at, clock = start if config.resume else None, start, time.perf_counter()
-
-    def save(step):
-        """To the disk, if it can be: where there is no room now, there may be some the next time."""
-        nonlocal saved, best
-        loss = rows[-1]["val_loss_causal"] if rows and rows[-1]["step"] == step else math.inf
-        seconds = train_seconds + time.perf_counter() - clock
-        progress = {"loss_sum": loss_sum, "aux_sum": aux_sum, "train_seconds": seconds}
-        state = {"optimizer": optimizer.state_dict(), "progress": progress}
-        info = {"data": meta, "config": asdict(config), "rows": rows, "versions": facts["versions"]}
-        try:
-            resume.write_metrics(out_dir, rows)
-            checkpoint.save(out_dir, step, model, state, loss < best, info)
-        except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
-            if stop.again:
-                raise KeyboardInterrupt from None  # and of a second Ctrl-C
-            tqdm.write(f"step {step:,}: the checkpoint could not be saved ({error}); the one before it is whole")
-        else:
-            saved, best = step, min(best, loss)
-        checkpoint.remove_unused(out_dir)
-
-    bar = tqdm(total=config.max_iters, initial=start, disable=None, unit="step", dynamic_ncols=True)
-    with resume.only_run_in(out_dir), resume.Stop() as stop:
-        for step in range(start, config.max_iters + 1):
+    bar = tqdm(total=config.max_iters, initial=progress.step, disable=None, unit="step", dynamic_ncols=True)
+    with resume.only_run_in(out_dir), resume.Stop() as stop, bar:
+        while True:
+            step = progress.step
             # A run that was stopped while it evaluated was saved without the row of that step, and makes it now.
             evaluated = rows and rows[-1]["step"] == step
             if (step % config.eval_interval == 0 or step == config.max_iters) and not evaluated:
-                means = mean_since(rows, step, loss_sum, aux_sum)  # first: on a GPU this waits until the steps are done
-                train_seconds += time.perf_counter() - clock
                 row = {"step": step, "tokens": step * tokens_per_step, "flops": step * step_flops}
-                row |= {"train_seconds": round(train_seconds, 3), **means}
+                row |= {"train_seconds": round(progress.train_seconds, 3), **mean_losses(progress)}
                 losses = evaluate(model, data["val"], config, stop)
                 if losses is not None:
                     row |= losses
                     stop_if_not_finite(row["val_loss_causal"], "validation loss", step)
-                    loss_sum, aux_sum = 0.0, 0.0
                     rows.append(row)
+                    progress.loss_sum = progress.aux_sum = 0.0
+                    resume.save(out_dir, model, optimizer, progress, info, stop)
                     tqdm.write(report(row, config.max_iters))
-                clock = time.perf_counter()
-                save(step)
-                clock = time.perf_counter()
             if stop.requested or step == config.max_iters:
                 break
 
+            begun = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
             step_loss = 0.0
@@ -199,26 +169,23 @@ def train(config):
                 total = loss + config.aux_weight * model.aux_loss
                 (total / config.gradient_accumulation_steps).backward()
                 step_loss = step_loss + loss.detach() / config.gradient_accumulation_steps
-                aux_sum = aux_sum + model.aux_loss.detach() / config.gradient_accumulation_steps
+                progress.aux_sum = progress.aux_sum + model.aux_loss.detach() / config.gradient_accumulation_steps
             # Apart: under one common norm the predictor's gradient would scale the trunk's, stop-gradient or not.
             limit = config.grad_clip or math.inf
             norms = [torch.nn.utils.clip_grad_norm_(part, limit) for part in (trunk, predictor) if part]
-            # Before the update: weights of NaN would be saved over good ones.
+            # Before the update: or the run would go on for nothing until the next evaluation finds NaN.
             stop_if_not_finite(sum(norms).item(), "norm of the gradient", step, f" (the loss: {step_loss.item()})")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            loss_sum = loss_sum + step_loss
+            progress.loss_sum = progress.loss_sum + step_loss
+            progress.step += 1
+            progress.train_seconds += time.perf_counter() - begun
 
-            if (step + 1) % config.log_interval == 0:
-                speed = (step + 1) * tokens_per_step / (train_seconds + time.perf_counter() - clock)
+            if progress.step % config.log_interval == 0 or progress.step == config.max_iters:
+                speed = progress.step * tokens_per_step / progress.train_seconds
                 bar.set_postfix_str(f"loss {step_loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
-                bar.update(step + 1 - logged_at)
-                logged_at = step + 1
-        bar.update(step - logged_at)
-        bar.close()
-        if saved != step:
-            save(step)
-        if saved != step:
+                bar.update(progress.step - bar.n)
+        if progress.saved != progress.step and not resume.save(out_dir, model, optimizer, progress, info, stop):
             raise UserError(f"the run ends at step {step:,} without a checkpoint of it; make space, then --resume")
         if not rows or rows[-1]["step"] < config.max_iters:
             go_on = f"python train.py --resume --out_dir={shlex.quote(config.out_dir)}"
@@ -227,7 +194,7 @@ def train(config):
     best_row = min(rows, key=lambda row: row["val_loss_causal"])
     print(f"final {report(rows[-1], config.max_iters)}")
     print(f"best  {report(best_row, config.max_iters)}")
-    print(f"{train_seconds / 60:.1f} minutes of training. Next: python sample.py --out_dir={config.out_dir}")
+    print(f"{progress.train_seconds / 60:.1f} minutes of training. Next: python sample.py --out_dir={config.out_dir}")
     return rows
 
 
@@ -494,10 +461,11 @@ def stop_if_not_finite(value, name, step, more=""):
         )
 
 
-def mean_since(rows, step, loss_sum, aux_sum):
-    """The mean training losses since the last evaluation."""
-    steps = step - rows[-1]["step"] if rows else 0
-    return {"train_loss": float(loss_sum) / steps, "aux_loss": float(aux_sum) / steps} if steps else {}
+def mean_losses(progress):
+    """The mean training losses since the last evaluation; nothing before the first step."""
+    steps = progress.step - progress.rows[-1]["step"] if progress.rows else 0
+    sums = {"train_loss": progress.loss_sum, "aux_loss": progress.aux_sum} if steps else {}
+    return {name: float(total) / steps for name, total in sums.items()}
 
 
 def report(row, max_iters):
