@@ -5,6 +5,7 @@ Checkpoints: JSON files that name the files of their tensors.
     previous.json    model-250.pt, optimizer-250.pt    the same one save earlier, should the last one be damaged
     best.json        model-500.pt                      the lowest causal loss so far: what sample.py uses
 
+(model-500-2.pt: step 500 was saved twice, before and after a stop.)
 A JSON holds all it takes to use them (the model's config, the tokenizer, the step) and the SHA-256 of each file and of
 itself; they are checked before anything is loaded. (PyTorch itself would load a file with flipped bits without a word.)
 A save writes its .pt files first, under names that no JSON has, and last.json at the end: killed at any moment, it
@@ -22,6 +23,7 @@ from dataclasses import asdict
 import torch
 
 from configurator import UserError
+from dataset import sha256_of
 from mod import GPT, GPTConfig
 
 FORMAT = 2
@@ -33,7 +35,7 @@ def save(out_dir, step, model, training_state, is_best, info):
     Make step `step` the last checkpoint in `out_dir`, and the best one too if it is.
 
     training_state: a dict of what else a run needs to go on (tensors, numbers, and containers of them). Raises OSError
-    or RuntimeError where the disk does not do it; the checkpoints that were there are whole then.
+    or RuntimeError where the disk does not do it: every checkpoint is whole then, the old one or already the new one.
     """
     info = {"format": FORMAT, "step": step, "model": asdict(model.config), **info}
     files = {"model": _save_tensors(out_dir, f"model-{step}", model.state_dict())}
@@ -73,7 +75,7 @@ def read(out_dir, name):
         weights = out_dir / file["name"]
         if not weights.is_file():
             raise UserError(f"{weights} is missing, {path.name} needs it; train again or use another checkpoint")
-        if _sha256(weights) != file["sha256"]:
+        if sha256_of(weights) != file["sha256"]:
             raise UserError(f"{weights} is damaged: its SHA-256 is not the one in {path.name}")
     return info
 
@@ -110,7 +112,7 @@ def remove_unused(out_dir):
             pass
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return  # it cannot be told what a damaged one names
-    for path in out_dir.iterdir():
+    for path in out_dir.glob("*.pt*"):
         if re.fullmatch(r"(model|optimizer)-\d+(-\d+)?\.pt(\.tmp)?", path.name) and path.name not in used:
             with contextlib.suppress(OSError):  # Windows deletes no file that another program has open; the next time
                 path.unlink()
@@ -133,7 +135,7 @@ def write_whole(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        sha256 = _sha256(temporary)
+        sha256 = sha256_of(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -150,11 +152,3 @@ def _save_tensors(out_dir, name, content):
 def _checksum(content):
     """Of a JSON's contents, in whatever order and with whatever spaces they are written."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

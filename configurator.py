@@ -15,8 +15,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import torch
-
 
 class UserError(Exception):
     """A mistake of the user's, told in one line: what was got, what was expected, what to do."""
@@ -41,7 +39,8 @@ def errors_in_one_line(script, smaller):
         sys.exit(f"{script}: out of memory ({reason}); {smaller}")
     except KeyboardInterrupt as stopped:
         if str(stopped):
-            print(stopped)
+            with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the program that reads our lines
+                print(stopped, flush=True)
         sys.exit(130)
 
 
@@ -86,6 +85,8 @@ def load(options_class, argv, description, preset=False, base=None):
 
 def pick_device(name):
     """`name`, or for "auto" the best that this machine has: cuda, mps, cpu."""
+    import torch  # here: the processes that tokenize a large corpus import this file and do without
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -104,7 +105,8 @@ def _read_preset(path, fields):
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:
-        raise UserError(f"{path} is not a valid preset: {type(error).__name__}: {error}") from None
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path} is not a valid preset: {type(error).__name__}: {reason}") from None
     names = {name: value for name, value in names.items() if not name.startswith("__")}
     cpu = names.pop("cpu", {})
     if not isinstance(cpu, dict):

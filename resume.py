@@ -25,54 +25,79 @@ class Progress:
     step: int = 0  # the step to be made next
     rows: list = field(default_factory=list)  # of metrics.jsonl
     best: float = math.inf  # the lowest causal loss among the saved ones
-    saved: int = None  # the step of the last checkpoint
+    saved: int | None = None  # the step of the last checkpoint
     loss_sum: float = 0.0  # over the steps since the last evaluation
     aux_sum: float = 0.0
     train_seconds: float = 0.0
 
 
-def saved_options(out_dir, name):
-    """The options in the config.json, or a checkpoint's JSON, of a run; None if there is no such file of ours."""
+def saved_options(out_dir):
+    """The options of the run in out_dir, "auto" as it was asked for; None if there is no run of ours."""
     try:
-        content = json.loads((out_dir / name).read_text(encoding="utf-8"))
-        return {**content["config"], **content.get("asked", {})}  # "auto" is for the machine that goes on to resolve
-    except (OSError, ValueError, LookupError, TypeError):
+        info, _ = last_whole(out_dir)
+    except UserError:
+        try:
+            info = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+    try:
+        return {**info["config"], **info.get("asked", {})}  # "auto" may mean something else where the run goes on
+    except (LookupError, TypeError, AttributeError):
         return None
 
 
-def keep_earlier_run(out_dir):
-    """Make `out_dir`; where an earlier run stands, its folder moves to out_dir.1, .2, ..."""
-    if out_dir.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(
-            f"out_dir {str(out_dir)!r} is the folder you are in or one above it; name one below, such as out"
-        )
-    names = [
-        "config.json",
-        "metrics.jsonl",
-        *(f"{name}.{kind}" for name in checkpoint.NAMES for kind in ("json", "pt")),
-    ]
-    found = [name for name in names if (out_dir / name).exists()]
-    if found and saved_options(out_dir, "config.json") is None:
-        raise UserError(f"{out_dir} holds a {found[0]} that is not from a run; name another folder by --out_dir")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if found:
-        with only_run_in(out_dir):
-            number = 1
-            while (aside := out_dir.with_name(f"{out_dir.name}.{number}")).exists():
-                number += 1
-        out_dir.rename(aside)  # in one move: there is no moment at which half of it is here and half there
-        out_dir.mkdir()
-        print(f"{out_dir} holds an earlier run: moved to {aside} (to go on with it instead: --resume)")
+def last_whole(out_dir):
+    """The JSON of the last whole checkpoint, and what is wrong with a later one (None: nothing)."""
+    try:
+        return checkpoint.read(out_dir, "last"), None
+    except (UserError, OSError) as damage:
+        try:
+            return checkpoint.read(out_dir, "previous"), damage
+        except (UserError, OSError):
+            raise UserError(str(damage)) from None
+
+
+def best_loss(out_dir, step):
+    """The causal loss of the best checkpoint; infinity if it is of steps after `step`, which are made again now."""
+    best = checkpoint.read(out_dir, "best")
+    return best["rows"][-1]["val_loss_causal"] if best["step"] <= step else math.inf
 
 
 @contextlib.contextmanager
 def only_run_in(out_dir):
     """No second train.py in this folder meanwhile. The lock is the operating system's and ends with the process."""
+    folder = out_dir.resolve()
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(
+            f"out_dir {str(out_dir)!r} is the folder you are in or one above it; name one below, such as out"
+        )
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise UserError(f"out_dir {out_dir} cannot be a folder: {path} is a file")
     try:
-        with filelock.FileLock(out_dir / "lock", timeout=0):
+        # Beside the folder, which may be moved aside.
+        with filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             yield
     except filelock.Timeout:
         raise UserError(f"another train.py is at work in {out_dir}; wait for it, or name another --out_dir") from None
+
+
+def keep_earlier_run(out_dir):
+    """Make `out_dir`; where an earlier run stands, its folder moves to out_dir.1, .2, ..."""
+    patterns = ("config.json", "metrics.jsonl", *(f"{name}.json" for name in checkpoint.NAMES), "model-*.pt")
+    found = [path.name for pattern in patterns for path in out_dir.glob(pattern)]
+    if found and saved_options(out_dir) is None:
+        raise UserError(f"{out_dir} holds a {found[0]} that is not from a run; name another folder by --out_dir")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if found:
+        folder = out_dir.resolve()  # of a link the folder moves, not the link: it may lead to a larger disk
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(aside)  # in one move: there is no moment at which half of it is here and half there
+        folder.mkdir()
+        shown = aside if out_dir.is_symlink() else out_dir.with_name(aside.name)
+        print(f"{out_dir} holds an earlier run: moved to {shown} (to go on with it instead: --resume)")
 
 
 def load(out_dir, model, optimizer, config, info):
@@ -82,25 +107,18 @@ def load(out_dir, model, optimizer, config, info):
     info: what this run would save beside it; prints what of it is not as it was. Raises UserError where the run cannot
     go on like this; nothing has changed then.
     """
-    with only_run_in(out_dir):  # or the checkpoint read now may not be the last
-        pass
-    try:
-        found = checkpoint.read(out_dir, "last")
-    except (UserError, OSError) as damage:
-        try:
-            found = checkpoint.read(out_dir, "previous")
-        except (UserError, OSError):
-            raise damage from None
+    found, damage = last_whole(out_dir)
+    if damage:
         print(f"{damage}. Using the checkpoint before it")
-    if found["data"]["text_sha256"] != info["data"]["text_sha256"]:
+    if found["data"]["sha256"] != info["data"]["sha256"]:
         raise UserError(
             f"{out_dir} was trained on {found['data']['source']!r}, not on {info['data']['source']!r}; see --dataset"
         )
     shape = differences(found["model"], asdict(model.config))
     if shape:
         raise UserError(f"the run in {out_dir} has another model: {shape}. Resume with its own options")
-    free = ("out_dir", "resume")
-    before, now = ({k: v for k, v in each["config"].items() if k not in free} for each in (found, info))
+    may_differ = ("out_dir", "resume")
+    before, now = ({k: v for k, v in each["config"].items() if k not in may_differ} for each in (found, info))
     batch = ("batch_size", "gradient_accumulation_steps")
     changed = differences({name: before[name] for name in batch}, now)
     if changed:
@@ -118,14 +136,12 @@ def load(out_dir, model, optimizer, config, info):
     # Where the last one was damaged, the one before it takes its place: or the next save would make the damaged one
     # previous.json, and for a moment there would be no whole checkpoint.
     checkpoint.commit(out_dir, "last", found)
-    best = math.inf
-    try:
-        best_info = checkpoint.read(out_dir, "best")
-        if best_info["step"] <= found["step"]:  # a later one is of steps that are made again now, after a kill
-            best = best_info["rows"][-1]["val_loss_causal"]
-    except (UserError, OSError) as damage:
-        print(f"The best checkpoint is lost ({damage}); the next evaluation takes its place")
     step = found["step"]
+    try:
+        best = best_loss(out_dir, step)
+    except (UserError, OSError) as lost:
+        print(f"The best checkpoint is lost ({lost}); the next evaluation takes its place")
+        best = math.inf
     return Progress(step, found["rows"], best, saved=step, **state["progress"])
 
 
@@ -142,10 +158,13 @@ def save(out_dir, model, optimizer, progress, info, stop):
     try:
         write_metrics(out_dir, rows)
         checkpoint.save(out_dir, step, model, state, loss < progress.best, {**info, "rows": rows})
-    except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:
+        # PyTorch makes a RuntimeError of a full disk, and of a second Ctrl-C while it writes.
         if stop.again:
-            raise KeyboardInterrupt(stop.AT_ONCE) from None  # and of a second Ctrl-C
+            raise KeyboardInterrupt(stop.AT_ONCE) from None
         tqdm.write(f"step {step:,}: the checkpoint could not be saved ({error}); the one before it is whole")
+        with contextlib.suppress(UserError, OSError):
+            progress.best = best_loss(out_dir, step)  # it may have become the best one without becoming the last
     else:
         progress.saved, progress.best = step, min(progress.best, loss)
     checkpoint.remove_unused(out_dir)
@@ -182,7 +201,8 @@ class Stop:
             self.again = True
             raise KeyboardInterrupt(self.AT_ONCE)
         self.requested = number
-        os.write(2, b"\nStopping after this step. Once more: at once\n")  # print may not be called within a signal
+        with contextlib.suppress(OSError):  # as when the same Ctrl-C ended the program that reads our lines
+            os.write(2, b"\nStopping after this step. Once more: at once\n")  # print may not be called within a signal
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():

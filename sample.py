@@ -19,6 +19,7 @@ import torch
 import checkpoint
 import depth
 from configurator import UserError, errors_in_one_line, load, option, pick_device
+from dataset import tokenizer_of
 from mod import KVCache
 
 
@@ -29,12 +30,12 @@ class SampleConfig:
     num_samples: int = option(1, "how many continuations; the first is printed as it comes")
     max_new_tokens: int = option(500, "length of each continuation in tokens")
     temperature: float = option(0.8, "below 1 safer, above 1 wilder; 0: always the likeliest token")
-    top_k: int = option(0, "sample among the top_k likeliest characters only; 0: all. Nothing to do with routing")
-    top_p: float = option(1.0, "sample among the fewest likeliest characters that have this probability together")
+    top_k: int = option(0, "sample among the top_k likeliest tokens only; 0: all. Nothing to do with routing")
+    top_p: float = option(1.0, "sample among the fewest likeliest tokens that have this probability together")
     seed: int = option(1337, "the same seed gives the same text")
-    show_depth: bool = option(False, "colour each character by how many routed blocks processed it")
+    show_depth: bool = option(False, "colour each token by how many routed blocks processed it")
     depth_svg: str = option("", "the same as a picture: a .svg file of the first sample")
-    routing_map: str = option("", "which routed block processed which character of the first sample: .png, .svg, .pdf")
+    routing_map: str = option("", "which routed block processed which token of the first sample: .png, .svg, .pdf")
     device: str = option("auto", "auto (the best there is), cpu, cuda, mps, ...")
 
 
@@ -55,16 +56,15 @@ def sample(config):
     pictures = {name: Path(getattr(config, name)) for name in ("depth_svg", "routing_map") if getattr(config, name)}
     check(config, pictures)
     model, info = checkpoint.load(Path(config.out_dir), "best", pick_device(config.device))
-    vocab = info["data"]["vocab"]
-    unknown = ["\N{REPLACEMENT CHARACTER}"] * (model.config.vocab_size - len(vocab))  # padding of the vocabulary
+    tokenizer = tokenizer_of(info["data"])
     layers = [layer for layer in range(model.config.n_layer) if model.config.is_routed(layer)]
     if not layers and (config.show_depth or pictures):
         raise UserError(f"{config.out_dir} holds a dense model: every token goes through every block, nothing to show")
-    prompt = encode(read_prompt(config.start) or ("\n" if "\n" in vocab else vocab[0]), vocab)
+    prompt = tokenizer.encode(read_prompt(config.start)) or tokenizer.default_prompt
 
     printer = depth.DepthPrinter(len(layers)) if config.show_depth else depth.PlainPrinter()
     printer.legend()
-    texts, taken, seconds, cache_bytes = follow(model, prompt, vocab + unknown, config, printer)
+    texts, taken, seconds, cache_bytes = follow(model, prompt, tokenizer, config, printer)
     unread = len(texts[0]) - taken.size(2)
     depths = [[None] * unread + row for row in taken.sum(dim=0).tolist()]
     for text, row in zip(texts[1:], depths[1:]):
@@ -89,14 +89,15 @@ def sample(config):
     return ["".join(text) for text in texts]
 
 
-def follow(model, prompt, vocab, config, printer):
+def follow(model, prompt, tokenizer, config, printer):
     """
     Generate, and print the first text as it comes.
 
     Returns the texts as lists of token texts; which routed block took which token, bool (routed blocks, num_samples,
     tokens read); the seconds spent after the prompt was read; the most bytes that the cache had.
     """
-    texts = [[vocab[t] for t in prompt] for _ in range(config.num_samples)]
+    decoders = [tokenizer.decoder() for _ in range(config.num_samples)]
+    texts = [[decode(t) for t in prompt] for decode in decoders]
     cache = KVCache(model.config, config.num_samples)
     taken, seconds, cache_bytes = [], 0.0, 0
     # One token more than asked for, and printing is one step behind: what the blocks decide about a token is known when
@@ -116,8 +117,8 @@ def follow(model, prompt, vocab, config, printer):
             printer.add_all(texts[0][:-new], [None] * len(prompt))
         printer.add_all(texts[0][-new:], taken[-1][:, 0].sum(dim=0).tolist())
         if i < config.max_new_tokens:
-            for text, t in zip(texts, tokens):
-                text.append(vocab[t])
+            for text, decode, t in zip(texts, decoders, tokens):
+                text.append(decode(t))
         clock = time.perf_counter()
     printer.close()
     return texts, torch.cat(taken, dim=2), seconds, cache_bytes
@@ -149,14 +150,6 @@ def read_prompt(start):
         raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"the prompt file {path} is not UTF-8; convert it first") from None
-
-
-def encode(text, vocab):
-    ids = {character: token for token, character in enumerate(vocab)}
-    unknown = sorted(set(text) - set(ids))
-    if unknown:
-        raise UserError(f"the model does not know {unknown} in the prompt; it knows {''.join(vocab)!r}")
-    return [ids[character] for character in text]
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ def place(tmp_path_factory, dataset):  # noqa: F811
     (place / "folder.png").mkdir()
     (place / "stranger").mkdir()
     (place / "stranger" / "config.json").write_text("{}")
+    (place / "weights").mkdir()
+    (place / "weights" / "model-1.pt").write_bytes(b"precious")
     prepare.main(["--input", str(place / "other"), "--out", str(place / "other_set")])
 
     def data_set(name, file, change):
@@ -148,7 +150,9 @@ ROWS = [
     ("train", "... --out_dir=", "out_dir '.' is the folder you are in or one above it"),
     ("train", "... --out_dir=..", "out_dir '..' is the folder you are in or one above it"),
     ("train", "... --out_dir=stranger", "holds a config.json that is not from a run; name another folder by --out_dir"),
-    ("train", "... --out_dir=latin/run", "ot a directory"),
+    ("train", "... --out_dir=weights", "weights holds a model-1.pt that is not from a run; name another folder"),
+    ("train", "... --out_dir=latin", "out_dir latin cannot be a folder: "),
+    ("train", "... --out_dir=latin/run", "latin is a file"),
     ("train", "... --selection=lerned", "--selection must be one of learned, stochastic, position; got 'lerned'; did"),
     ("train", "... --dtype=float8", "--dtype must be one of auto, float32, bfloat16; got 'float8'"),
     ("train", "... --device=tpu9", "device 'tpu9' cannot be used here"),
@@ -172,7 +176,11 @@ ROWS = [
     ("train", "... --n_embd=400000", "; halve --batch_size, double --gradient_accumulation_steps: the same training"),
     ("train", "... --out_dir=caf\udce9", "--out_dir expects a text in UTF-8, got 'caf\\udce9'"),
     ("train", "... --vocab_size=7", "vocab_size 7 is smaller than the data set's vocabulary, 28"),
-    ("train", "... --dataset=shakespear_char", "no data set 'shakespear_char'; there is shakespeare_char"),
+    (
+        "train",
+        "... --dataset=shakespear_char",
+        "no data set 'shakespear_char'; there is openwebtext, shakespeare, ",
+    ),
     ("train", "... --dataset=set_cut", "is damaged (meta.json speaks of"),
     ("train", "... --dataset=set_odd", "is damaged ("),
     ("train", "... --dataset=set_none", "is damaged ("),
@@ -276,7 +284,9 @@ def argv_of(arguments):
 
 
 def files_in(place):
-    return {path: path.read_bytes() if path.is_file() else None for path in place.rglob("*")}
+    """Locks apart: an empty file beside an out_dir, which stays."""
+    paths = (path for path in place.rglob("*") if path.suffix != ".lock")
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 @pytest.mark.parametrize(("command", "arguments", "message"), ROWS, ids=[f"{row[0]} {row[1]}" for row in ROWS])
@@ -294,6 +304,17 @@ def test_as_a_command_it_is_one_line_on_stderr_and_exit_code_1(place, row):
     done = subprocess.run(line, cwd=place, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 1 and message in done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{command}.py: ")
+
+
+def test_no_script_of_another_folder_is_run(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """The data set's name may come from a stranger's checkpoint."""
+    (tmp_path / "gift").mkdir()
+    (tmp_path / "gift" / "prepare.py").write_text("raise SystemExit('the script ran')\n")
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(train, "DATA", tmp_path / "data")
+    for name in (str(tmp_path / "gift"), "../gift"):
+        options = dataclasses.asdict(dataclasses.replace(tiny, dataset=name))
+        assert "no data set" in told(train, [f"--{name}={value}" for name, value in options.items()])
 
 
 def test_a_data_set_whose_preparation_fails_is_told(tiny, tmp_path, monkeypatch):  # noqa: F811

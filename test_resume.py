@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,9 +20,10 @@ from hypothesis import strategies as st
 
 import checkpoint
 import configurator
+import resume
 import train
 from configurator import UserError
-from test_train import dataset, prepare, run, tiny, told, weights_of  # noqa: F401 (dataset and tiny are fixtures)
+from test_train import ROOT, dataset, prepare, run, tiny, told, weights_of  # noqa: F401 (dataset and tiny are fixtures)
 from train import TrainConfig
 
 forks = pytest.mark.skipif(sys.platform != "linux", reason="kills processes, many and therefore forked ones")
@@ -227,6 +229,10 @@ def test_resume_takes_the_runs_own_options_and_says_what_differs(tiny, capsys): 
         [*argv, f"--flop_budget={json.loads((Path(tiny.out_dir) / 'config.json').read_text())['flops_per_step'] * 11}"]
     )
     assert checkpoint.read(Path(tiny.out_dir), "last")["step"] == 11
+    train.main([*argv, "--max_iters=12", "--weight_decay=0.25", "--beta1=0.5"])
+    last = checkpoint.read(Path(tiny.out_dir), "last")
+    group = checkpoint.tensors(Path(tiny.out_dir), last, "optimizer")["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 0.25 and group["betas"][0] == 0.5
 
 
 def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(tiny, capsys):  # noqa: F811
@@ -239,7 +245,10 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(tiny, 
             stop_in(config, ("learning_rate_at", 15), [signal.SIGINT])  # in step 7
         assert [checkpoint.read(out_dir, name)["step"] for name in ("last", "previous")] == [8, 6]
         path = out_dir / ("last.json" if kind == "json" else f"{kind}-8.pt")
-        path.write_bytes(path.read_bytes()[:100])
+        content = path.read_bytes()
+        # Of a JSON the options are changed: they must not be used either.
+        path.write_bytes(content.replace(b'"n_layer": 2', b'"n_layer": 3') if kind == "json" else content[:100])
+        assert train.options_of_the_run({"resume": True, "out_dir": config.out_dir})["n_layer"] == 2
         capsys.readouterr()
         with pytest.raises(
             SystemExit
@@ -247,6 +256,8 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(tiny, 
             stop_in(dataclasses.replace(config, resume=True), ("learning_rate_at", 1), [signal.SIGINT, signal.SIGINT])
         out = capsys.readouterr().out
         assert checkpoint.read(out_dir, "last")["step"] == 6
+        rows = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(rows[-1])["step"] == 6
         train.train(dataclasses.replace(config, resume=True))
         assert f"{path} is damaged" in out and "Using the checkpoint before it" in out and "at step 6" in out
         assert same(state_of(config), state_of(whole))
@@ -362,6 +373,23 @@ def test_a_full_disk_is_reported_and_training_goes_on_when_there_is_space(tiny, 
     assert same(state_of(tiny), state_of(whole))
 
 
+@pytest.mark.parametrize("moment", ["load", "keep_earlier_run", "write_metrics", "Stop"])
+def test_a_folder_is_locked_before_anything_in_it_is_read_or_changed(tiny, monkeypatch, moment):  # noqa: F811
+    train.train(tiny)
+    original, met = getattr(resume, moment), []
+
+    def meanwhile(*args):
+        if not met:
+            met.append(moment)
+            with pytest.raises(UserError, match="another train.py is at work"):
+                train.train(dataclasses.replace(tiny, resume=True))
+        return original(*args)
+
+    monkeypatch.setattr(resume, moment, meanwhile)
+    train.train(dataclasses.replace(tiny, resume=moment == "load"))
+    assert met
+
+
 def test_two_runs_in_one_folder_do_not_meet(tiny, monkeypatch):  # noqa: F811
     evaluate = train.evaluate
     met = []
@@ -402,7 +430,45 @@ def test_an_attempt_that_came_to_nothing_leaves_no_trace_in_the_next(tiny, capsy
     assert "Not exactly" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("at", ["all", "optimizer"])
+@pytest.mark.skipif(sys.platform == "win32", reason="links to folders need rights there")
+def test_of_a_linked_folder_the_run_moves_and_the_link_stays(tiny, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large_disk" / "run")
+    (tmp_path / "large_disk" / "run").mkdir()
+    config = dataclasses.replace(tiny, out_dir=str(tmp_path / "link"))
+    train.train(config)
+    train.train(config)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "large_disk" / "run.1" / "last.json").exists()
+    assert f"moved to {tmp_path / 'large_disk' / 'run.1'}" in capsys.readouterr().out
+    assert checkpoint.read(tmp_path / "large_disk" / "run", "last")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals to itself")
+def test_ctrl_c_saves_also_where_nobody_reads_any_more(tiny):  # noqa: F811
+    """`train.py 2>&1 | tee log`: the same Ctrl-C ends tee."""
+    script = (
+        "import os, signal, sys\nimport train\n"
+        "original = train.learning_rate_at\n"
+        "def at(step, config):\n"
+        "    if step == 4 and sys.stdin.readline():\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return original(step, config)\n"
+        "train.learning_rate_at = at\ntrain.main(sys.argv[1:])\n"
+    )
+    argv = [f"--{name}={value}" for name, value in dataclasses.asdict(tiny).items()]
+    command = [sys.executable, "-u", "-c", script, *argv]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while "step 3/6" not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()
+    process.stdin.write("\n")
+    process.stdin.close()
+    assert process.wait() == 130
+    assert checkpoint.read(Path(tiny.out_dir), "last")["step"] == 5
+
+
+@pytest.mark.parametrize("at", ["all", "optimizer", "last"])
 def test_best_is_the_best_of_those_that_were_saved(tiny, at, monkeypatch):  # noqa: F811
     losses = iter([3.0, 1.0, 2.0, 2.5])  # at steps 0, 3, 6 and 9
     save, calls = checkpoint.save, []
@@ -422,16 +488,26 @@ def test_best_is_the_best_of_those_that_were_saved(tiny, at, monkeypatch):  # no
         loss = next(losses)
         return {"val_loss_causal": loss, "val_loss_topk": loss}
 
+    commit = checkpoint.commit
+
+    def commits(out_dir, name, info):
+        if name == "last" and info["step"] == 3:
+            raise OSError(28, "No space left on device")
+        return commit(out_dir, name, info)
+
     if at == "all":
         monkeypatch.setattr(checkpoint, "save", fails_once)
+    elif at == "last":  # it became the best one before
+        monkeypatch.setattr(checkpoint, "commit", commits)
     else:  # the larger file alone
         tensors = checkpoint._save_tensors
         monkeypatch.setattr(checkpoint, "_save_tensors", lambda *a: full(tensors, *a))
     monkeypatch.setattr(train, "evaluate", evaluated)
     train.train(tiny)
-    assert checkpoint.read(Path(tiny.out_dir), "best")["step"] == 6
+    best = 3 if at == "last" else 6
+    assert checkpoint.read(Path(tiny.out_dir), "best")["step"] == best
     train.train(dataclasses.replace(tiny, max_iters=9, resume=True))
-    assert checkpoint.read(Path(tiny.out_dir), "best")["step"] == 6  # the resumed run knows it
+    assert checkpoint.read(Path(tiny.out_dir), "best")["step"] == best  # the resumed run knows it
 
 
 # Properties

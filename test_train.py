@@ -29,6 +29,7 @@ import plot
 import sample
 import train
 from configurator import UserError
+from dataset import CharTokenizer
 from mod import GPT, GPTConfig, forward_flops
 from train import TrainConfig
 
@@ -649,7 +650,7 @@ def test_pictures_of_the_depth(tiny, tmp_path, monkeypatch, capsys):
     drawn = "".join(e.text or "" for e in svg.iter("{http://www.w3.org/2000/svg}text"))
     assert "".join(text.split()) in "".join(drawn.replace("\N{PILCROW SIGN}", "").split())
     assert "@font-face" not in (tmp_path / "text.svg").read_text(encoding="utf-8")
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["map.png", "text.svg"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*.*")) == ["map.png", "text.svg"]
 
 
 def test_lines_are_broken_at_the_width_and_marks_stay_under_their_tokens():
@@ -687,7 +688,9 @@ def test_the_report_counts_the_steps_alone_and_the_most_that_the_cache_took(tiny
     report = capsys.readouterr().err
     assert report.startswith("1 x 40 tokens in 40.00 s, 1 tokens/s; KV cache 0.00 MB")
     model, _ = checkpoint.load(Path(tiny.out_dir), "best", "cpu")
-    _, _, _, cache_bytes = sample.follow(model, [0], ["x"] * 28, sample.SampleConfig(max_new_tokens=16), mute())
+    _, _, _, cache_bytes = sample.follow(
+        model, [0], CharTokenizer(["x"] * 28), sample.SampleConfig(max_new_tokens=16), mute()
+    )
     assert cache_bytes >= 2 * 16 * 16 * 4  # after 17 tokens the window of 16 has just restarted
 
 

@@ -12,8 +12,6 @@ evaluation). What keeps a run from being lost is in resume.py and checkpoint.py.
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import platform
 import runpy
@@ -28,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import dataset
 import resume
 from configurator import UserError, errors_in_one_line, load, option, pick_device
 from mod import CAUSAL_METHODS, GPT, SELECTIONS, GPTConfig, forward_flops
@@ -112,20 +111,6 @@ def train(config):
     optimizer = configure_optimizer(model, config)
     predictor = [p for name, p in model.named_parameters() if ".predictor." in name]
     trunk = [p for name, p in model.named_parameters() if ".predictor." not in name]
-
-    # Where it goes: on with the run that stands there, or that one is moved aside, never overwritten.
-    out_dir = Path(config.out_dir)
-    info = {"config": asdict(config), "asked": asked, "versions": versions(config), "data": meta}
-    if config.resume:
-        progress = resume.load(out_dir, model, optimizer, config, info)
-    else:
-        resume.keep_earlier_run(out_dir)
-        progress = resume.Progress()
-    rows = progress.rows
-    # From here on the folder counts as a run, however early it ends.
-    size = {"parameters": model.num_parameters(), "flops_per_step": step_flops}
-    checkpoint.write_json(out_dir / "config.json", {**info, **size})
-    resume.write_metrics(out_dir, rows)
     tokens = " and ".join(f"{len(split):,} {name}" for name, split in data.items())
     print(f"{meta['source']}: {tokens} tokens, a vocabulary of {meta['vocab_size']}")
     print(describe(model, config))
@@ -134,15 +119,31 @@ def train(config):
         "(3 x the top-k forward pass, evaluation not counted)"
     )
 
-    # The loop. Seeds come from the step, so evaluation and logging can never change the training, and the step is all
-    # the random state that there is to save.
-    if config.compile == "True":
-        model.compile()
-    bar = tqdm(total=config.max_iters, initial=progress.step, disable=None, unit="step", dynamic_ncols=True)
-    with resume.only_run_in(out_dir), resume.Stop() as stop, bar:
+    out_dir = Path(config.out_dir)
+    if config.resume and not out_dir.is_dir():
+        raise UserError(f"nothing to resume in {out_dir}: there is no such folder")
+    with resume.only_run_in(out_dir), resume.Stop() as stop:
+        # Where it goes: on with the run that stands there, or that one is moved aside, never overwritten.
+        info = {"config": asdict(config), "asked": asked, "versions": versions(config), "data": meta}
+        if config.resume:
+            progress = resume.load(out_dir, model, optimizer, config, info)
+        else:
+            resume.keep_earlier_run(out_dir)
+            progress = resume.Progress()
+        rows = progress.rows
+        # From here on the folder counts as a run, however early it ends.
+        size = {"parameters": model.num_parameters(), "flops_per_step": step_flops}
+        checkpoint.write_json(out_dir / "config.json", {**info, **size})
+        resume.write_metrics(out_dir, rows)
+
+        # The loop. Seeds come from the step, so evaluation and logging can never change the training, and the step is
+        # all the random state that there is to save.
+        if config.compile == "True":
+            model.compile()
+        bar = tqdm(total=config.max_iters, initial=progress.step, disable=None, unit="step", dynamic_ncols=True)
         while True:
             step = progress.step
-            # A run that was stopped while it evaluated was saved without the row of that step, and makes it now.
+            # A run that was stopped during an evaluation has no row for that step yet.
             evaluated = rows and rows[-1]["step"] == step
             if (step % config.eval_interval == 0 or step == config.max_iters) and not evaluated:
                 row = {"step": step, "tokens": step * tokens_per_step, "flops": step * step_flops}
@@ -185,6 +186,7 @@ def train(config):
                 speed = progress.step * tokens_per_step / progress.train_seconds
                 bar.set_postfix_str(f"loss {step_loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
                 bar.update(progress.step - bar.n)
+        bar.close()
         if progress.saved != progress.step and not resume.save(out_dir, model, optimizer, progress, info, stop):
             raise UserError(f"the run ends at step {step:,} without a checkpoint of it; make space, then --resume")
         if not rows or rows[-1]["step"] < config.max_iters:
@@ -206,9 +208,7 @@ def options_of_the_run(given):
     if not given.get("resume"):
         return {}
     out_dir = given.get("out_dir", TrainConfig.out_dir)
-    # First those of the checkpoint: config.json may be of a later attempt that came to nothing.
-    found = (resume.saved_options(Path(out_dir), f"{name}.json") for name in ("last", "previous", "config"))
-    saved = next((options for options in found if options is not None), None)
+    saved = resume.saved_options(Path(out_dir))
     if saved is None:
         raise UserError(
             f"nothing to resume in {out_dir}: no config.json of a run of train.py there; name its folder by --out_dir, "
@@ -279,34 +279,22 @@ def load_dataset(config):
     if not folder.is_dir() and Path(config.dataset).is_dir():
         folder = Path(config.dataset)
     if not (folder / "meta.json").is_file():
-        if not (folder / "prepare.py").is_file():
+        # No other folder's: with --resume its name comes from a checkpoint, which may be a stranger's.
+        if not (folder / "prepare.py").is_file() or folder.resolve().parent != DATA.resolve():
             known = ", ".join(sorted(path.name for path in DATA.iterdir() if path.is_dir()))
             raise UserError(
                 f"no data set {config.dataset!r}; there is {known}. For a text of your own: "
                 "python data/shakespeare_char/prepare.py --input FILE --out data/NAME"
             )
+        if folder.name == "openwebtext":
+            raise UserError(f"{folder} is not prepared; that takes hours and a large disk: python {folder}/prepare.py")
         print(f"Data set {config.dataset} is missing here: running {folder / 'prepare.py'}")
         try:
             runpy.run_path(str(folder / "prepare.py"))["main"]([])
         except SystemExit as error:
             raise UserError(str(error)) from None
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        data = {split: np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r") for split in ("train", "val")}
-        lengths = {split: len(tokens) for split, tokens in data.items()}
-        if lengths != meta["tokens"]:
-            raise ValueError(f"meta.json speaks of {meta['tokens']} tokens, the files hold {lengths}")
-        for split, tokens in data.items():
-            if hashlib.sha256(tokens).hexdigest() != meta["sha256"][split]:
-                raise ValueError(f"the SHA-256 of {split}.bin is not the one in meta.json")
-        if meta["dtype"] != "<u2":
-            raise ValueError(f"meta.json gives the type {meta['dtype']!r}, this version reads '<u2'")
-        if len(meta["vocab"]) != meta["vocab_size"]:
-            raise ValueError("meta.json gives two sizes of the vocabulary")
-        vocab_size = config.vocab_size or meta["vocab_size"]
-        meta["source"], meta["text_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the data in {folder} is damaged ({error}); run prepare.py again") from None
+    meta, data = dataset.load(folder)
+    vocab_size = config.vocab_size or meta["vocab_size"]
     if vocab_size < meta["vocab_size"]:
         raise UserError(f"vocab_size {vocab_size} is smaller than the data set's vocabulary, {meta['vocab_size']}")
     for split, tokens in data.items():
@@ -440,7 +428,7 @@ def evaluate_checkpoint(config):
     of_the_run = {name: info["config"][name] for name in ("block_size", "vocab_size", "batch_size", "eval_iters")}
     config = dataclasses.replace(config, **of_the_run)
     meta, data = load_dataset(config)
-    if info["data"]["text_sha256"] != meta["text_sha256"]:
+    if info["data"]["sha256"] != meta["sha256"]:
         raise UserError(
             f"{config.out_dir} was trained on {info['data']['source']!r}, {config.dataset} holds {meta['source']!r}; "
             "name the run's data set by --dataset"

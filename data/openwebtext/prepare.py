@@ -1,0 +1,211 @@
+"""
+OpenWebText, or a folder of documents of your own, in GPT-2's tokens:
+
+    python data/openwebtext/prepare.py                                         # downloads OpenWebText, see README.md
+    python data/openwebtext/prepare.py --input my_documents --out data/my_set  # .jsonl, .parquet or .txt files
+
+Needs Hugging Face datasets: pip install datasets
+
+Each document is followed by the end-of-text token. Of every --val_every documents one, drawn by --seed, goes to
+val.bin, the others to train.bin, in their order (of files: by their paths). A .txt file is one document. Stopped or
+killed, it goes on where it was when it is started again.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # run as a script, this file's own folder stands there alone
+import dataset  # noqa: E402
+from configurator import UserError, errors_in_one_line  # noqa: E402
+
+OPENWEBTEXT = "Skylion007/openwebtext"
+OPENWEBTEXT_DOCUMENTS = 8_013_769  # fewer: a branch with a part of it, or a download that ended early
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+CHUNK = 256  # documents that a process tokenizes at a time
+SAVE_EVERY = 64  # chunks, after which what was done is safe from a kill
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--input", type=Path, help="a folder, or a file, of documents; without it OpenWebText")
+    parser.add_argument("--column", default="text", help="where .jsonl and .parquet files have the text (%(default)s)")
+    parser.add_argument("--out", type=Path, help="the folder to write to (OpenWebText: that of this script)")
+    parser.add_argument("--val_every", type=int, default=2000, help="one of so many documents is for validation")
+    parser.add_argument("--seed", type=int, default=2357, help="draws the documents for validation")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that tokenize (%(default)s)")
+    args = parser.parse_args(argv)
+    with errors_in_one_line("prepare.py", "take fewer --processes"):
+        if args.input and not args.out:
+            raise UserError("name a folder for documents of your own, such as --out data/my_set")
+        for name, least in (("val_every", 2), ("seed", 0), ("processes", 1)):
+            if getattr(args, name) < least:
+                raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+        dataset.gpt2_encoding()  # a tokenizer that cannot be had shows before anything is downloaded
+        prepare(args, args.out or HERE)
+
+
+def prepare(args, out):
+    documents, source = load_documents(args.input, args.column)
+    out.mkdir(parents=True, exist_ok=True)
+    # What the bytes depend on. What was done before under other circumstances is of no use.
+    job = {"source": source, "documents": len(documents), "bytes": documents.data.nbytes, "column": args.column}
+    job |= {"val_every": args.val_every, "seed": args.seed}
+    try:
+        with FileLock(out / "lock", timeout=0):
+            parts, done = tokenize(documents, job, args, out)
+            if done["train"] == 0 or done["val"] == 0:
+                raise UserError(
+                    f"{source} has {len(documents)} documents, too few for --val_every={args.val_every}: "
+                    "no tokens for train or none for val; make it smaller"
+                )
+            meta = {"tokenizer": "gpt2", "vocab_size": dataset.gpt2_encoding().n_vocab, "text_sha256": done["digest"]}
+            meta |= {**job, "without_text": done["without_text"]}
+            meta = dataset.commit(out, parts, meta)
+            (out / "progress.json").unlink()
+    except Timeout:
+        raise UserError(f"another prepare.py is at work in {out}; wait for it, or name another --out") from None
+    tokens = ", ".join(f"{split}.bin {n:,} tokens" for split, n in meta["tokens"].items())
+    without = f" ({meta['without_text']:,} without text left out)" if meta["without_text"] else ""
+    print(f"{source}: {len(documents):,} documents{without}\n{out}: {tokens}, meta.json")
+
+
+def load_documents(path, column):
+    """The documents as a column of a Hugging Face Dataset, mapped from the disk, and what they are."""
+    try:
+        import datasets
+        import pyarrow  # datasets brings it
+    except ImportError:
+        raise UserError("this needs Hugging Face datasets: pip install datasets") from None
+    if path is None:
+        try:
+            documents = datasets.load_dataset(OPENWEBTEXT, split="train")
+        except Exception as error:  # of many kinds: of the hub, of the network, of the disk
+            reason = str(error).split("\n")[0][:200]
+            raise UserError(
+                f"OpenWebText could not be loaded ({type(error).__name__}: {reason}); start again, what was downloaded "
+                "is kept. Without internet: bring documents as .jsonl, .parquet or .txt files and give them by --input"
+            ) from None
+        if len(documents) != OPENWEBTEXT_DOCUMENTS:
+            raise UserError(
+                f"{OPENWEBTEXT} gave {len(documents):,} documents, it has {OPENWEBTEXT_DOCUMENTS:,}; delete it from "
+                "Hugging Face's cache (~/.cache/huggingface) and start again"
+            )
+        return documents, "OpenWebText"
+    if not path.exists():
+        raise UserError(f"no folder or file {path}")
+    files = sorted(p for p in path.rglob("*") if p.suffix in FORMATS) if path.is_dir() else [path]
+    kinds = {FORMATS.get(file.suffix) for file in files}
+    if len(kinds) != 1 or None in kinds:
+        there = ", ".join(sorted({file.suffix or file.name for file in files})) or "none of these"
+        raise UserError(f"--input must hold files of one kind, .jsonl, .parquet or .txt; {path} holds {there}")
+    kind = kinds.pop()
+    options = {"sample_by": "document"} if kind == "text" else {}  # a .txt file is one document
+    try:
+        documents = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", **options)
+    except Exception as error:
+        reason = str(error.__cause__ or error).split("\n")[0][:200]
+        raise UserError(f"the documents in {path} cannot be read ({reason})") from None
+    pyarrow.default_memory_pool().release_unused()  # reading files leaves buffers behind
+    if column not in documents.column_names:
+        raise UserError(f"the documents in {path} have no column {column!r}, but {', '.join(documents.column_names)}")
+    return documents, path.name
+
+
+def tokenize(documents, job, args, out):
+    """
+    Write the tokens to out/train.part and out/val.part; returns these paths and what was done.
+
+    Here is only what puts the pieces one after the other; the work is in `tokens_of_chunk`, in other processes.
+    """
+    parts = {split: out / f"{split}.part" for split in dataset.SPLITS}
+    done = {"job": job, "chunks": 0, "train": 0, "val": 0, "without_text": 0, "digest": ""}
+    progress = out / "progress.json"
+    if progress.is_file():
+        before = json.loads(progress.read_text(encoding="utf-8"))
+        if before["job"] == job and all(part.is_file() for part in parts.values()):
+            done = before
+            print(f"Going on after {done['chunks'] * CHUNK:,} of {len(documents):,} documents")
+    chunks = range(done["chunks"], -(-len(documents) // CHUNK))
+    # Not forked: a fork of a process with threads, such as Arrow's, can hang.
+    context = multiprocessing.get_context("spawn")
+    files = {split: open(part, "ab") for split, part in parts.items()}
+    bar = tqdm(total=len(documents), initial=done["chunks"] * CHUNK, disable=None, unit="doc", dynamic_ncols=True)
+    with files["train"], files["val"], bar, context.Pool(args.processes, start, (documents, args)) as pool:
+        for split, file in files.items():
+            file.truncate(2 * done[split])  # a kill may have left more than was counted
+        waiting = deque()
+        for chunk in chunks:
+            # No further ahead than the processes need: or the tokens of a slow disk's corpus would fill the memory.
+            waiting.append(pool.apply_async(tokens_of_chunk, (chunk,)))
+            while len(waiting) > (2 * args.processes if chunk < chunks[-1] else 0):
+                tokens, without_text, digest = waiting.popleft().get()
+                for split, file in files.items():
+                    file.write(tokens[split].tobytes())
+                    done[split] += len(tokens[split])
+                done["digest"] = hashlib.sha256((done["digest"] + digest).encode()).hexdigest()
+                done["without_text"] += without_text
+                done["chunks"] += 1
+                bar.update(min(CHUNK, len(documents) - bar.n))
+                if done["chunks"] % SAVE_EVERY == 0:
+                    save(done, files, progress)
+        save(done, files, progress)
+    return parts, done
+
+
+def save(done, files, progress):
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
+    temporary = progress.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(done), encoding="utf-8")
+    temporary.replace(progress)
+
+
+# In the other processes
+
+
+def start(documents, args):
+    global work
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
+    work = documents, args, dataset.gpt2_encoding()
+
+
+def tokens_of_chunk(chunk):
+    """A chunk's tokens for train and val, its number of documents without text, and its text's SHA-256."""
+    documents, args, encoding = work
+    first = chunk * CHUNK
+    texts = documents[first : first + CHUNK][args.column]
+    tokens = {split: [] for split in dataset.SPLITS}
+    digest = hashlib.sha256()
+    for i, text in enumerate(texts, start=first):
+        if not text:
+            continue
+        digest.update(hashlib.sha256(text.encode("utf-8")).digest())
+        split = "val" if i % args.val_every == drawn(args.seed, i // args.val_every, args.val_every) else "train"
+        tokens[split] += [*encoding.encode_ordinary(text), encoding.eot_token]
+    arrays = {split: np.array(ids, dtype=dataset.DTYPE) for split, ids in tokens.items()}
+    return arrays, sum(not text for text in texts), digest.hexdigest()
+
+
+@functools.cache
+def drawn(seed, group, size):
+    """Which of a group of `size` documents is for validation."""
+    return int(np.random.default_rng([seed, group]).integers(size))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""Data sets in GPT-2's tokens: the tokens, the split, and what a kill, two at once or a large corpus do to them."""
+
+import importlib
+import json
+import multiprocessing.pool
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import hypothesis
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import strategies as st
+
+import dataset
+import sample
+import train
+from configurator import UserError
+from test_train import ROOT, prepare, told
+from train import TrainConfig
+
+openwebtext = importlib.import_module("data.openwebtext.prepare")
+shakespeare = importlib.import_module("data.shakespeare.prepare")
+
+
+@pytest.fixture
+def tiny_encoding(monkeypatch):
+    """An encoding that needs no file: the bytes, and some pairs of them."""
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks |= {pair: 256 + i for i, pair in enumerate((b"th", b"the", b" a", b"\xc3\xa9", b"\n\n"))}
+    encoding = tiktoken.Encoding(
+        "tiny", pat_str=r"\s?\w+|\s+|[^\s\w]+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
+    )
+    monkeypatch.setattr(dataset, "gpt2_encoding", lambda: encoding)
+    return encoding
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Threads instead of processes, which would not know the tiny encoding."""
+    context = SimpleNamespace(Pool=multiprocessing.pool.ThreadPool)
+    monkeypatch.setattr(openwebtext.multiprocessing, "get_context", lambda method: context)
+
+
+@pytest.fixture
+def real_encoding():
+    try:
+        return dataset.gpt2_encoding()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def write_documents(path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def reference(texts, encoding, val_every, seed):
+    """What prepare.py promises, one document after the other."""
+    splits = {"train": [], "val": []}
+    for i, text in enumerate(texts):
+        group, place = divmod(i, val_every)
+        chosen = place == np.random.default_rng([seed, group]).integers(val_every)
+        if text:
+            splits["val" if chosen else "train"] += [*encoding.encode_ordinary(text), encoding.eot_token]
+    return splits
+
+
+def words(n, seed=0):
+    """n documents of the words of this project's own texts."""
+    known = " ".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("*.py")))
+    known = known.split(" ")
+    rng = np.random.default_rng(seed)
+    starts, lengths = rng.integers(len(known) - 800, size=n), rng.integers(1, 800, size=n)
+    return [" ".join(known[start : start + length]) for start, length in zip(starts, lengths)]
+
+
+def prepared(folder):
+    meta, data = dataset.load(folder)
+    return {split: tokens.tolist() for split, tokens in data.items()}, meta
+
+
+TEXTS = ["the cat", "", "<|endoftext|> is text here", "caf\u00e9\n\nthe end", "\U0001f600", *"abcdefgh"]
+
+
+def test_documents_become_the_tokens_that_a_plain_loop_gives(tmp_path, tiny_encoding, threads, capsys):
+    pytest.importorskip("datasets")
+    texts = TEXTS * 60  # several chunks
+    write_documents(tmp_path / "in" / "a.jsonl", texts[:100])
+    write_documents(tmp_path / "in" / "b.jsonl", texts[100:])
+    argv = ["--input", str(tmp_path / "in"), "--val_every=7", "--seed=3"]
+    for processes in (1, 3):
+        out = tmp_path / f"out{processes}"
+        openwebtext.main([*argv, "--out", str(out), f"--processes={processes}"])
+        tokens, meta = prepared(out)
+        assert tokens == reference(texts, tiny_encoding, 7, 3)
+        assert (meta["documents"], meta["without_text"], meta["tokenizer"]) == (len(texts), 60, "gpt2")
+        assert sorted(path.name for path in out.iterdir()) == ["lock", "meta.json", "train.bin", "val.bin"]
+    assert "780 documents (60 without text left out)" in capsys.readouterr().out
+
+
+def test_folders_of_text_files_and_parquet_are_read_too(tmp_path, tiny_encoding, threads):
+    pd = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    texts = ["one\n\ntwo\r\nthree", "four", "f\u00fcnf"] * 4
+    for i, text in enumerate(texts):
+        path = tmp_path / "texts" / f"{i % 2}" / f"{i:02}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode("utf-8"))
+    (tmp_path / "tables").mkdir()
+    # By their paths. Line ends become \n on the way.
+    in_order = [texts[i].replace("\r\n", "\n") for i in [*range(0, 12, 2), *range(1, 12, 2)]]
+    pd.write_table(pyarrow.table({"body": in_order}), tmp_path / "tables" / "a.parquet")
+    for name, more in (("texts", []), ("tables", ["--column=body"])):
+        out = ["--out", str(tmp_path / f"{name}_out"), "--val_every=3", "--seed=0", "--processes=1"]
+        openwebtext.main(["--input", str(tmp_path / name), *out, *more])
+        assert prepared(tmp_path / f"{name}_out")[0] == reference(in_order, tiny_encoding, 3, 0), name
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_stopped_at_any_chunk_it_ends_with_the_same_bytes(tmp_path, tiny_encoding, threads, monkeypatch, at, capsys):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(openwebtext, "CHUNK", 10)
+    monkeypatch.setattr(openwebtext, "SAVE_EVERY", 2)
+    write_documents(tmp_path / "in.jsonl", TEXTS * 5)
+    argv = ["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out"), "--val_every=4", "--processes=2"]
+    work = openwebtext.tokens_of_chunk
+
+    def stopped(chunk):
+        if chunk == at:
+            raise UserError("stopped")
+        return work(chunk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(openwebtext, "tokens_of_chunk", stopped)
+        assert "stopped" in told(openwebtext, argv)
+    assert not (tmp_path / "out" / "meta.json").exists()
+    openwebtext.main(argv)
+    assert prepared(tmp_path / "out")[0] == reference(TEXTS * 5, tiny_encoding, 4, 2357)
+    assert ("Going on after" in capsys.readouterr().out) == (at >= 2)
+
+
+def test_other_options_begin_anew(tmp_path, tiny_encoding, threads, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(openwebtext, "CHUNK", 10)
+    monkeypatch.setattr(openwebtext, "SAVE_EVERY", 1)
+    write_documents(tmp_path / "in.jsonl", TEXTS * 5)
+    argv = ["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out"), "--processes=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "commit", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            openwebtext.main([*argv, "--val_every=4"])
+    assert (tmp_path / "out" / "progress.json").exists()
+    openwebtext.main([*argv, "--val_every=5"])
+    assert prepared(tmp_path / "out")[0] == reference(TEXTS * 5, tiny_encoding, 5, 2357)
+
+
+def test_mistakes(tmp_path, tiny_encoding, threads, monkeypatch):
+    pytest.importorskip("datasets")
+    write_documents(tmp_path / "in" / "a.jsonl", TEXTS)
+    (tmp_path / "mixed").mkdir()
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / "mixed" / name).write_text("x")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        ("--input in", "name a folder for documents of your own, such as --out data/my_set"),
+        ("--input none --out new", "no folder or file none"),
+        ("--input mixed --out new", "must hold files of one kind, .jsonl, .parquet or .txt; mixed holds .jsonl, .txt"),
+        ("--input empty --out new", "empty holds none of these"),
+        ("--input broken.jsonl --out new", "the documents in broken.jsonl cannot be read ("),
+        ("--input in --out new --column=body", "have no column 'body', but text"),
+        ("--input in --out new --val_every=1", "--val_every must be at least 2, got 1"),
+        ("--input in --out new --processes=0", "--processes must be at least 1, got 0"),
+    ):
+        assert message in told(openwebtext, arguments.split()), arguments
+        assert not (tmp_path / "new").exists()
+    assert "in has 13 documents, too few for --val_every=" in told(
+        openwebtext, "--input in --out new --val_every=1000000000 --processes=1".split()
+    )
+    with openwebtext.FileLock(tmp_path / "new" / "lock"):
+        assert "another prepare.py is at work in new" in told(openwebtext, "--input in --out new".split())
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: range(5))
+    assert "gave 5 documents, it has 8,013,769; delete it" in told(openwebtext, [])
+
+
+def test_without_the_tokenizer_it_says_how_to_bring_it(tmp_path, monkeypatch):
+    def offline(name):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    for script in (openwebtext, shakespeare):
+        line = told(script, ["--out", str(tmp_path / "new")])
+        assert "(no route to host); fetch https://" in line and "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4" in line
+    assert not (tmp_path / "new").exists()
+    line = told(train, ["--dataset=openwebtext", "--max_iters=1", f"--out_dir={tmp_path / 'out'}"])
+    assert "is not prepared; that takes hours and a large disk: python" in line
+
+
+def test_shakespeare_in_these_tokens_has_the_split_of_characters(tmp_path, tiny_encoding):
+    text = "the caf\u00e9, " * 50
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    shakespeare.main(["--input", str(tmp_path / "text"), "--out", str(tmp_path / "gpt2")])
+    prepare.main(["--input", str(tmp_path / "text"), "--out", str(tmp_path / "char")])
+    tokens, meta = prepared(tmp_path / "gpt2")
+    chars, char_meta = prepared(tmp_path / "char")
+    for split in ("train", "val"):
+        assert tiny_encoding.decode(tokens[split]) == "".join(char_meta["vocab"][token] for token in chars[split])
+    assert meta["text_sha256"] == char_meta["text_sha256"] and meta["vocab_size"] == tiny_encoding.n_vocab
+
+
+@hypothesis.settings(
+    max_examples=200, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(st.text())
+def test_a_text_comes_back_token_by_token(tiny_encoding, text):
+    tokenizer = dataset.GPT2Tokenizer()
+    decode = tokenizer.decoder()
+    pieces = [decode(token) for token in tokenizer.encoding.encode_ordinary(text)]
+    assert "".join(pieces) == text
+    assert all(
+        not piece.startswith("\N{REPLACEMENT CHARACTER}") or "\N{REPLACEMENT CHARACTER}" in text for piece in pieces
+    )
+    decode = tokenizer.decoder()  # a token of the padding, and half a character before another
+    assert "".join(map(decode, (0xC3, 97, 5000))) == "\N{REPLACEMENT CHARACTER}a\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_model_of_these_tokens_trains_and_samples(tmp_path, tiny_encoding, capsys):
+    (tmp_path / "text").write_text("the caf\u00e9, " * 200, encoding="utf-8")
+    shakespeare.main(["--input", str(tmp_path / "text"), "--out", str(tmp_path / "set")])
+    config = TrainConfig(
+        out_dir=str(tmp_path / "run"), dataset=str(tmp_path / "set"), device="cpu", vocab_size=300, block_size=16,
+        batch_size=8, n_layer=2, n_head=2, n_embd=32, max_iters=200, eval_interval=200, learning_rate=1e-2,
+    )  # fmt: skip
+    train.train(config)
+    capsys.readouterr()
+    argv = [f"--out_dir={config.out_dir}", "--device=cpu", "--start=the caf\u00e9", "--temperature=0"]
+    sample.main([*argv, "--max_new_tokens=27"])
+    assert capsys.readouterr().out.startswith("the caf\u00e9, the caf\u00e9, the caf\u00e9")
+    sample.main([*argv[:2], "--max_new_tokens=5", "--show_depth", "--num_samples=2"])
+
+
+# With GPT-2's own tokenizer, in real processes
+
+
+def test_gpt2s_encoding_is_tiktokens(real_encoding):
+    assert real_encoding.n_vocab == 50257 and real_encoding.encode_ordinary("Hello world") == [15496, 995]
+
+
+def test_real_processes_give_the_tokens_of_a_plain_loop_and_the_documents_back(tmp_path, real_encoding):
+    """Of this project's own texts; CORPUS=folder of .jsonl files takes others."""
+    datasets = pytest.importorskip("datasets")
+    folder = os.environ.get("CORPUS")
+    texts = words(2000)
+    if folder:
+        files = sorted(map(str, Path(folder).glob("*.jsonl")))
+        texts = datasets.load_dataset("json", data_files=files, split="train")["text"]
+    else:
+        folder = tmp_path / "in"
+        write_documents(folder / "a.jsonl", texts)
+    command = [sys.executable, openwebtext.__file__, "--input", str(folder), "--out", str(tmp_path / "out")]
+    subprocess.run([*command, "--val_every=50", "--processes=2"], check=True, capture_output=True)
+    tokens, meta = prepared(tmp_path / "out")
+    assert tokens == reference(texts, real_encoding, 50, 2357)
+    in_val = [i % 50 == np.random.default_rng([2357, i // 50]).integers(50) for i in range(len(texts))]
+    for split in ("train", "val"):
+        ends = np.flatnonzero(np.array(tokens[split]) == real_encoding.eot_token)
+        parts = np.split(np.array(tokens[split]), ends + 1)[:-1]
+        assert [real_encoding.decode(part[:-1].tolist()) for part in parts] == [
+            text for text, val in zip(texts, in_val) if text and val == (split == "val")
+        ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
+def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, real_encoding):
+    pytest.importorskip("datasets")
+    texts = [text[:60] for text in words(50_000)]
+    write_documents(tmp_path / "in.jsonl", texts)
+    out = tmp_path / "out"
+    command = [sys.executable, openwebtext.__file__, "--input", str(tmp_path / "in.jsonl"), "--out", str(out)]
+    process = subprocess.Popen([*command, "--processes=2"], stderr=subprocess.DEVNULL, start_new_session=True)
+    while not (out / "progress.json").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "meta.json").exists()
+    done = subprocess.run([*command, "--processes=2"], capture_output=True, text=True, check=True)
+    assert "Going on after" in done.stdout
+    assert prepared(out)[0] == reference(texts, real_encoding, 2000, 2357)
+
+
+def peak_memory(command):
+    """The most anonymous memory (no mapped files), in bytes, that a command and its processes have together."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    peak = 0
+    while process.poll() is None:
+        total = 0
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.getpgid(int(folder.name)) == process.pid:
+                    rollup = (folder / "smaps_rollup").read_text()
+                    total += int(rollup.split("Anonymous:")[1].split()[0]) * 1024
+            except (OSError, IndexError):
+                pass  # it has just ended
+        peak = max(peak, total)
+        time.sleep(0.05)
+    assert process.returncode == 0
+    return peak
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_corpus(tmp_path, real_encoding):
+    pytest.importorskip("datasets")
+    peaks = []
+    for times in (1, 10):
+        texts = words(7000 * times)  # about 17 MB each
+        write_documents(tmp_path / f"{times}.jsonl", texts)
+        command = [sys.executable, openwebtext.__file__, "--input", str(tmp_path / f"{times}.jsonl")]
+        peaks.append(peak_memory([*command, "--out", str(tmp_path / f"out{times}"), "--processes=2"]))
+        print(f"{times} x: {(tmp_path / f'{times}.jsonl').stat().st_size / 1e6:.0f} MB, peak {peaks[-1] / 1e6:.0f} MB")
+    assert peaks[1] < 1.2 * peaks[0]
