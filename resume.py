@@ -15,6 +15,7 @@ import filelock
 from tqdm import tqdm
 
 import checkpoint
+import parallel
 from configurator import UserError
 
 
@@ -66,6 +67,9 @@ def best_loss(out_dir, step):
 @contextlib.contextmanager
 def only_run_in(out_dir):
     """No second train.py in this folder meanwhile. The lock is the operating system's and ends with the process."""
+    if not parallel.is_main():  # rank 0 holds it for all
+        yield
+        return
     folder = out_dir.resolve()
     if folder in (Path.cwd(), *Path.cwd().parents):
         raise UserError(
@@ -100,12 +104,12 @@ def keep_earlier_run(out_dir):
         print(f"{out_dir} holds an earlier run: moved to {shown} (to go on with it instead: --resume)")
 
 
-def load(out_dir, model, optimizer, config, info):
+def load(out_dir, model, parts, config, info):
     """
-    Put the run's last whole checkpoint into model and optimizer; returns its Progress.
+    Put the run's last whole checkpoint into the model and `parts`; returns its Progress.
 
-    info: what this run would save beside it; prints what of it is not as it was. Raises UserError where the run cannot
-    go on like this; nothing has changed then.
+    parts: what else has a state_dict, as {"optimizer": ..., "scaler": ...}. info: what this run would save beside it;
+    prints what of it is not as it was. Raises UserError where the run cannot go on like this; nothing has changed then.
     """
     found, damage = last_whole(out_dir)
     if damage:
@@ -131,11 +135,14 @@ def load(out_dir, model, optimizer, config, info):
         print(f"Not exactly the run that stopped: {changed}")
     state = checkpoint.tensors(out_dir, found, "optimizer")
     model.load_state_dict(checkpoint.tensors(out_dir, found, "model"))
-    state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # options may have changed
-    optimizer.load_state_dict(state["optimizer"])
+    state["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]  # options may have changed
+    for name, part in parts.items():
+        if state.get(name):  # empty: of a scaler that was not in use
+            part.load_state_dict(state[name])
     # Where the last one was damaged, the one before it takes its place: or the next save would make the damaged one
     # previous.json, and for a moment there would be no whole checkpoint.
-    checkpoint.commit(out_dir, "last", found)
+    if parallel.is_main():
+        checkpoint.commit(out_dir, "last", found)
     step = found["step"]
     try:
         best = best_loss(out_dir, step)
@@ -145,16 +152,19 @@ def load(out_dir, model, optimizer, config, info):
     return Progress(step, found["rows"], best, saved=step, **state["progress"])
 
 
-def save(out_dir, model, optimizer, progress, info, stop):
+def save(out_dir, model, parts, progress, info, stop):
     """
     Save the run as it is now; True if it worked. Where the disk has no room, there may be some the next time.
 
-    stop: the Stop in force. info: what else goes into the checkpoint's JSON.
+    parts: as in `load`. info: what else goes into the checkpoint's JSON. stop: the Stop in force.
     """
+    if not parallel.is_main():
+        progress.saved = progress.step
+        return True
     rows, step = progress.rows, progress.step
     loss = rows[-1]["val_loss_causal"] if rows and rows[-1]["step"] == step else math.inf
     sums = {name: getattr(progress, name) for name in ("loss_sum", "aux_sum", "train_seconds")}
-    state = {"optimizer": optimizer.state_dict(), "progress": sums}
+    state = {**{name: part.state_dict() for name, part in parts.items()}, "progress": sums}
     try:
         write_metrics(out_dir, rows)
         checkpoint.save(out_dir, step, model, state, loss < progress.best, {**info, "rows": rows})
@@ -197,6 +207,9 @@ class Stop:
         return self
 
     def ask(self, number, frame):
+        # torchrun passes a Ctrl-C on that the ranks have got already; it ends them itself if they take too long.
+        if self.requested and parallel.ranks() > 1:
+            return
         if self.requested:
             self.again = True
             raise KeyboardInterrupt(self.AT_ONCE)

@@ -128,6 +128,10 @@ def test_the_predictors_loss_leaves_the_trunk_bit_equal_over_clipped_steps(tiny)
     assert not any(torch.equal(with_loss[name], without[name]) for name in with_loss.keys() - trunk if "weight" in name)
 
 
+def batches_of(tokens, step, config):
+    return [train.training_batch(tokens, step, i, config) for i in range(config.gradient_accumulation_steps)]
+
+
 def test_a_run_is_adamw_over_the_batches_of_its_steps(tiny):
     """The recipe written out: two models, the loop by hand; whole-batch gradients, PyTorch's own unfused AdamW."""
     config = dataclasses.replace(tiny, dropout=0.0, gradient_accumulation_steps=2, grad_clip=0.5, decay_lr=False)
@@ -143,7 +147,7 @@ def test_a_run_is_adamw_over_the_batches_of_its_steps(tiny):
     )  # fmt: skip
     losses = []
     for step in range(6):
-        x, y = (torch.cat(part) for part in zip(*train.training_batches(data["train"], step, config)))
+        x, y = (torch.cat(part) for part in zip(*batches_of(data["train"], step, config)))
         _, loss = model(x, y)
         optimizer.zero_grad()
         (loss + 0.3 * model.aux_loss).backward()
@@ -172,7 +176,7 @@ def test_the_training_clock_stands_still_during_evaluation(tiny, monkeypatch):
     now, evaluate = [0.0], train.evaluate
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(
-        train, "training_batches", lambda *args, f=train.training_batches: now.__setitem__(0, now[0] + 1) or f(*args)
+        train, "learning_rate_at", lambda *args, f=train.learning_rate_at: now.__setitem__(0, now[0] + 0.5) or f(*args)
     )
     monkeypatch.setattr(train, "evaluate", lambda *args: now.__setitem__(0, now[0] + 100) or evaluate(*args))
     assert [row["train_seconds"] for row in train.train(tiny)] == [0, 3, 6]
@@ -182,7 +186,7 @@ def test_gradient_accumulation_sees_the_same_global_batch(tiny):
     tokens = np.arange(1000, dtype=np.uint16)
 
     def batch(config):
-        return torch.cat([x for x, _ in train.training_batches(tokens, 5, config)])
+        return torch.cat([x for x, _ in batches_of(tokens, 5, config)])
 
     whole = dataclasses.replace(tiny, batch_size=8, gradient_accumulation_steps=1, dropout=0.0)
     halves = dataclasses.replace(whole, batch_size=4, gradient_accumulation_steps=2)
@@ -194,7 +198,7 @@ def test_gradient_accumulation_sees_the_same_global_batch(tiny):
 def test_targets_are_the_next_tokens_and_every_window_of_the_split_can_come(tiny):
     tokens, starts = np.arange(tiny.block_size + 2, dtype=np.uint16), set()
     for step in range(20):
-        for x, y in train.training_batches(tokens, step, tiny):
+        for x, y in batches_of(tokens, step, tiny):
             assert torch.equal(y, x + 1) and x.shape == (tiny.batch_size, tiny.block_size)
             starts |= set(x[:, 0].tolist())
     assert starts == {0, 1}

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import checkpoint
 import dataset
+import parallel
 import resume
 from configurator import UserError, errors_in_one_line, load, option, pick_device
 from mod import CAUSAL_METHODS, GPT, SELECTIONS, GPTConfig, forward_flops
@@ -75,14 +76,18 @@ class TrainConfig:
     grad_clip: float = option(1.0, "clip the norm of the gradient at this; 0: do not")
     aux_weight: float = option(0.1, "weight of the auxiliary loss, which trains the causal decisions")
     seed: int = option(1337, "of weights, batches and dropout")
+    wandb: str = option("", "log to this project of Weights & Biases too; empty: do not")
     # the machine
     device: str = option("auto", "auto (the best there is), cpu, cuda, cuda:1, mps, ...")
-    dtype: str = option("auto", "auto: bfloat16 where the GPU has it", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option(
+        "auto", "auto: bfloat16 where the GPU has it", choices=("auto", "float32", "bfloat16", "float16")
+    )
     compile: str = option("auto", "torch.compile; auto: on CUDA under Linux", choices=("auto", "True", "False"))
 
 
 def main(argv=None):
-    with errors_in_one_line("train.py", "halve --batch_size, double --gradient_accumulation_steps: the same training"):
+    advice = "halve --batch_size, double --gradient_accumulation_steps: the same training"
+    with errors_in_one_line("train.py", advice), parallel.joined():
         train(load(TrainConfig, argv, __doc__.split(":")[0], preset=True, base=options_of_the_run))
 
 
@@ -100,7 +105,8 @@ def train(config):
     config = resolve(config)
     if config.eval_only:
         return evaluate_checkpoint(config)
-    meta, data = load_dataset(config)
+    with parallel.main_first():
+        meta, data = load_dataset(config)
     torch.manual_seed(config.seed)
     model = GPT(model_config(config, meta)).to(config.device)
     sequences_per_step = config.gradient_accumulation_steps * config.batch_size
@@ -109,6 +115,8 @@ def train(config):
     step_flops = 3 * sequences_per_step * forward_flops(model.config, config.block_size)
     config = dataclasses.replace(config, max_iters=number_of_steps(config, step_flops))
     optimizer = configure_optimizer(model, config)
+    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
+    state = {"optimizer": optimizer, "scaler": scaler}
     predictor = [p for name, p in model.named_parameters() if ".predictor." in name]
     trunk = [p for name, p in model.named_parameters() if ".predictor." not in name]
     tokens = " and ".join(f"{len(split):,} {name}" for name, split in data.items())
@@ -125,22 +133,28 @@ def train(config):
     with resume.only_run_in(out_dir), resume.Stop() as stop:
         # Where it goes: on with the run that stands there, or that one is moved aside, never overwritten.
         info = {"config": asdict(config), "asked": asked, "versions": versions(config), "data": meta}
-        if config.resume:
-            progress = resume.load(out_dir, model, optimizer, config, info)
-        else:
-            resume.keep_earlier_run(out_dir)
-            progress = resume.Progress()
+        progress = resume.Progress()
+        with parallel.main_first():
+            if config.resume:
+                progress = resume.load(out_dir, model, state, config, info)
+            elif parallel.is_main():
+                resume.keep_earlier_run(out_dir)
         rows = progress.rows
-        # From here on the folder counts as a run, however early it ends.
-        size = {"parameters": model.num_parameters(), "flops_per_step": step_flops}
-        checkpoint.write_json(out_dir / "config.json", {**info, **size})
-        resume.write_metrics(out_dir, rows)
+        if parallel.is_main():
+            # From here on the folder counts as a run, however early it ends.
+            size = {"parameters": model.num_parameters(), "flops_per_step": step_flops}
+            checkpoint.write_json(out_dir / "config.json", {**info, **size})
+            resume.write_metrics(out_dir, rows)
+        logger = start_wandb(config, info) if config.wandb and parallel.is_main() else None
 
         # The loop. Seeds come from the step, so evaluation and logging can never change the training, and the step is
         # all the random state that there is to save.
         if config.compile == "True":
             model.compile()
-        bar = tqdm(total=config.max_iters, initial=progress.step, disable=None, unit="step", dynamic_ncols=True)
+        peak = peak_flops(config)
+        wrapped = parallel.wrap(model, config.device)
+        hidden = None if parallel.is_main() else True  # None: where there is no terminal
+        bar = tqdm(total=config.max_iters, initial=progress.step, disable=hidden, unit="step", dynamic_ncols=True)
         while True:
             step = progress.step
             # A run that was stopped during an evaluation has no row for that step yet.
@@ -148,46 +162,59 @@ def train(config):
             if (step % config.eval_interval == 0 or step == config.max_iters) and not evaluated:
                 row = {"step": step, "tokens": step * tokens_per_step, "flops": step * step_flops}
                 row |= {"train_seconds": round(progress.train_seconds, 3), **mean_losses(progress)}
-                losses = evaluate(model, data["val"], config, stop)
-                if losses is not None:
-                    row |= losses
+                evaluation = evaluate(model, data["val"], config, stop)
+                if evaluation is not None:
+                    row |= evaluation
                     stop_if_not_finite(row["val_loss_causal"], "validation loss", step)
                     rows.append(row)
                     progress.loss_sum = progress.aux_sum = 0.0
-                    resume.save(out_dir, model, optimizer, progress, info, stop)
-                    tqdm.write(report(row, config.max_iters))
-            if stop.requested or step == config.max_iters:
+                    resume.save(out_dir, model, state, progress, info, stop)
+                    if parallel.is_main():
+                        tqdm.write(report(row, config.max_iters))
+                    if logger:
+                        logger.log(row, step=step)
+            if parallel.any_rank(stop.requested) or step == config.max_iters:
                 break
 
             begun = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
-            step_loss = 0.0
-            for micro_step, (x, y) in enumerate(training_batches(data["train"], step, config)):
+            losses = torch.zeros(2, device=config.device, dtype=model.lm_head.weight.dtype)  # language model, auxiliary
+            micro_steps = parallel.share(config.gradient_accumulation_steps)
+            for micro_step in micro_steps:
+                x, y = training_batch(data["train"], step, micro_step, config)
                 torch.manual_seed(seed_of(config.seed, step, micro_step))  # dropout, and the stochastic control's noise
-                with autocast(config):
-                    _, loss = model(x, y, routing="topk")
-                total = loss + config.aux_weight * model.aux_loss
-                (total / config.gradient_accumulation_steps).backward()
-                step_loss = step_loss + loss.detach() / config.gradient_accumulation_steps
-                progress.aux_sum = progress.aux_sum + model.aux_loss.detach() / config.gradient_accumulation_steps
+                with parallel.gradients_meet(wrapped, micro_step == micro_steps[-1]):
+                    with autocast(config):
+                        _, loss = wrapped(x, y, routing="topk")
+                    total = (loss + config.aux_weight * model.aux_loss) / len(micro_steps)
+                    scaler.scale(total).backward()
+                losses += torch.stack([loss.detach(), model.aux_loss.detach()]) / config.gradient_accumulation_steps
+            parallel.total(losses)
+            scaler.unscale_(optimizer)
             # Apart: under one common norm the predictor's gradient would scale the trunk's, stop-gradient or not.
             limit = config.grad_clip or math.inf
             norms = [torch.nn.utils.clip_grad_norm_(part, limit) for part in (trunk, predictor) if part]
-            # Before the update: or the run would go on for nothing until the next evaluation finds NaN.
-            stop_if_not_finite(sum(norms).item(), "norm of the gradient", step, f" (the loss: {step_loss.item()})")
-            optimizer.step()
+            # A gradient may overflow in float16; the scaler then leaves out the update, and scales less.
+            may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1 and losses[0].isfinite()
+            if not may_overflow:
+                # Before the update: or the run would go on for nothing until the next evaluation finds NaN.
+                stop_if_not_finite(sum(norms).item(), "norm of the gradient", step, f" (the loss: {losses[0].item()})")
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            progress.loss_sum = progress.loss_sum + step_loss
+            progress.loss_sum = progress.loss_sum + losses[0]
+            progress.aux_sum = progress.aux_sum + losses[1]
             progress.step += 1
             progress.train_seconds += time.perf_counter() - begun
 
             if progress.step % config.log_interval == 0 or progress.step == config.max_iters:
                 speed = progress.step * tokens_per_step / progress.train_seconds
-                bar.set_postfix_str(f"loss {step_loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
+                mfu = f", MFU {speed / tokens_per_step * step_flops / peak:.0%}" if peak else ""
+                bar.set_postfix_str(f"loss {losses[0].item():.3f}, {speed:,.0f} tokens/s{mfu}", refresh=False)
                 bar.update(progress.step - bar.n)
         bar.close()
-        if progress.saved != progress.step and not resume.save(out_dir, model, optimizer, progress, info, stop):
+        if progress.saved != progress.step and not resume.save(out_dir, model, state, progress, info, stop):
             raise UserError(f"the run ends at step {step:,} without a checkpoint of it; make space, then --resume")
         if not rows or rows[-1]["step"] < config.max_iters:
             go_on = f"python train.py --resume --out_dir={shlex.quote(config.out_dir)}"
@@ -234,7 +261,12 @@ def resolve(config):
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name} must be in [0, 1), got {getattr(config, name)}")
-    device = pick_device(config.device)
+    device = parallel.device(pick_device(config.device))
+    if config.gradient_accumulation_steps % parallel.ranks():
+        raise UserError(
+            f"gradient_accumulation_steps {config.gradient_accumulation_steps} cannot be shared by {parallel.ranks()} "
+            f"ranks; take a multiple of {parallel.ranks()}"
+        )
     on_cuda = device.startswith("cuda")
     dtype, compiled = config.dtype, config.compile
     if dtype == "auto":
@@ -293,7 +325,7 @@ def load_dataset(config):
             runpy.run_path(str(folder / "prepare.py"))["main"]([])
         except SystemExit as error:
             raise UserError(str(error)) from None
-    meta, data = dataset.load(folder)
+    meta, data = dataset.load(folder, check=parallel.is_main())
     vocab_size = config.vocab_size or meta["vocab_size"]
     if vocab_size < meta["vocab_size"]:
         raise UserError(f"vocab_size {vocab_size} is smaller than the data set's vocabulary, {meta['vocab_size']}")
@@ -303,18 +335,18 @@ def load_dataset(config):
                 f"the {split} split of {config.dataset} has {len(tokens)} tokens, block_size {config.block_size} needs "
                 f"at least {config.block_size + 1}; use a longer text or a smaller --block_size"
             )
-        if tokens.max() >= vocab_size:
+        if parallel.is_main() and tokens.max() >= vocab_size:
             raise UserError(f"{folder / split}.bin holds the token {tokens.max()}, beyond vocab_size {vocab_size}")
     return meta, data
 
 
-def training_batches(tokens, step, config):
-    """The micro-batches (x, y) of a training step, each (batch_size, block_size); y is x one token later."""
+def training_batch(tokens, step, micro_step, config):
+    """A micro-step's inputs and targets (x, y), each (batch_size, block_size); y is x one token later."""
+    # Drawn for the whole step at once: it sees the same sequences, whoever computes which of its micro-steps.
     rng = np.random.default_rng([config.seed, step])
-    rows = config.gradient_accumulation_steps * config.batch_size
-    starts = rng.integers(len(tokens) - config.block_size, size=rows)
-    for micro_starts in starts.reshape(config.gradient_accumulation_steps, config.batch_size):
-        yield windows(tokens, micro_starts, config.block_size, config.device)
+    starts = rng.integers(len(tokens) - config.block_size, size=config.gradient_accumulation_steps * config.batch_size)
+    first = micro_step * config.batch_size
+    return windows(tokens, starts[first : first + config.batch_size], config.block_size, config.device)
 
 
 def windows(tokens, starts, T, device):
@@ -373,49 +405,48 @@ def evaluate(model, tokens, config, stop=None):
     val_loss_topk lets the routed blocks look at the whole window. taken: the share of tokens that each routed block
     processed in the causal pass. The predictor (with causal_method "router" the router; the controls have none) is
     judged within the top-k pass: how often it agrees with top-k, beside the accuracy of the better constant guess
-    (base rate), and its recall. None if `stop` is requested on the way.
+    (base rate), and its recall. None if `stop` is requested on the way, by any rank.
     """
     config = resolve(config)
     T = model.config.block_size
     training = model.training
     model.eval()
-    torch.manual_seed(0)  # the stochastic control draws its noise from here
     n_windows = min(config.eval_iters * config.batch_size, (len(tokens) - 1) // T)
     starts = np.linspace(0, len(tokens) - 1 - T, n_windows).astype(int)
+    starts = [starts[i : i + config.batch_size] for i in range(0, n_windows, config.batch_size)]
     routed = model.routed_blocks
-    topk_sum, causal_sum, taken_sum = 0.0, 0.0, torch.zeros(len(routed))
-    agree, hit, member, decisions = 0, 0, 0, 0
-    for i in range(0, n_windows, config.batch_size):
+    # A row for each batch, filled in by the rank that has it, then summed over the ranks: the sum of the rows is the
+    # same to the last bit, however many there are.
+    table = torch.zeros(len(starts), 6 + len(routed), dtype=torch.float64)
+    for i in parallel.share(len(starts)):
         if stop is not None and stop.requested:
-            model.train(training)
-            return None
-        x, y = windows(tokens, starts[i : i + config.batch_size], T, config.device)
+            break
+        x, y = windows(tokens, starts[i], T, config.device)
+        torch.manual_seed(seed_of(0, i))  # the stochastic control draws its noise from here
         with autocast(config):
             # .forward runs eagerly, also where the model is compiled: the size of a causal batch depends on the data.
-            _, loss = model.forward(x, y, routing="topk")
-            topk_sum += loss.item() * len(x)
-            if not routed:
-                continue
-            for block in routed:
-                taken, foretold = block.taken, block.logits > 0
-                agree += (foretold == taken).sum().item()
-                hit += (foretold & taken).sum().item()
-                member += taken.sum().item()
-                decisions += taken.numel()
-            _, loss = model.forward(x, y, routing="causal")
-            causal_sum += loss.item() * len(x)
-            taken_sum += torch.stack([block.taken.sum() / T for block in routed]).cpu()
+            _, topk_loss = model.forward(x, y, routing="topk")
+            decisions = [(block.taken, block.logits > 0) for block in routed]
+            _, causal_loss = model.forward(x, y, routing="causal") if routed else (None, topk_loss)
+        agree = sum((taken == foretold).sum().item() for taken, foretold in decisions)
+        hit = sum((taken & foretold).sum().item() for taken, foretold in decisions)
+        member = sum(taken.sum().item() for taken, _ in decisions)
+        made = sum(taken.numel() for taken, _ in decisions)
+        taken = [(block.taken.sum() / T).item() for block in routed]
+        losses = [causal_loss.item() * len(x), topk_loss.item() * len(x)]
+        table[i] = torch.tensor([*losses, agree, hit, member, made, *taken], dtype=torch.float64)
     model.train(training)
-    result = {"val_loss_causal": topk_sum / n_windows, "val_loss_topk": topk_sum / n_windows}  # a dense model's are one
+    if parallel.any_rank(stop is not None and stop.requested):
+        return None
+    columns = zip(*parallel.total(table).tolist())
+    causal, topk, agree, hit, member, made, *taken = (sum(column) for column in columns)
+    result = {"val_loss_causal": causal / n_windows, "val_loss_topk": topk / n_windows}
     if routed:
-        result |= {
-            "val_loss_causal": causal_sum / n_windows,
-            "taken": [round(share, 5) for share in (taken_sum / n_windows).tolist()],
-        }
+        result["taken"] = [round(tokens_taken / n_windows, 5) for tokens_taken in taken]
     if routed and model.config.selection == "learned":
-        capacity = member / decisions
+        capacity = member / made
         result |= {
-            "predictor_accuracy": agree / decisions,
+            "predictor_accuracy": agree / made,
             "predictor_base_rate": max(capacity, 1 - capacity),
             "predictor_recall": hit / member,
         }
@@ -439,6 +470,37 @@ def evaluate_checkpoint(config):
 
 
 # Reports
+
+# FLOPs per second at most, in matrix products of 16-bit numbers: the makers' figures, without sparsity.
+PEAK_FLOPS = {
+    "V100": 125e12,
+    "T4": 65e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+
+
+def peak_flops(config):
+    """What this run's devices can do at most; None where it is not known, as for float32."""
+    if not config.device.startswith("cuda") or config.dtype == "float32":
+        return None
+    name = torch.cuda.get_device_name(config.device)
+    known = [key for key in PEAK_FLOPS if key in name]
+    return PEAK_FLOPS[max(known, key=len)] * parallel.ranks() if known else None
+
+
+def start_wandb(config, info):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs Weights & Biases: pip install wandb") from None
+    return wandb.init(project=config.wandb, name=Path(config.out_dir).name, config=info["config"])
 
 
 def stop_if_not_finite(value, name, step, more=""):
@@ -474,9 +536,10 @@ def describe(model, config):
     kind = f"MoD ({routed} of {c.n_layer} blocks routed at {c.capacity:.1%} capacity)" if routed else "Dense"
     dense_flops = forward_flops(dataclasses.replace(c, route_every=0), c.block_size)
     saving = f", {forward_flops(c, c.block_size) / dense_flops:.2f} of the dense FLOPs" if routed else ""
+    where = config.device if parallel.ranks() == 1 else f"{parallel.ranks()} ranks, the first on {config.device}"
     return (
         f"{kind}: {c.n_layer} layers x {c.n_embd} wide, context {c.block_size}, {model.num_parameters():,} parameters"
-        f"{saving}; on {config.device}, {config.dtype}{', compiled' if config.compile == 'True' else ''}"
+        f"{saving}; on {where}, {config.dtype}{', compiled' if config.compile == 'True' else ''}"
     )
 
 
@@ -489,6 +552,7 @@ def versions(config):
         "platform": platform.platform(),
         "hardware": name,
         "threads": torch.get_num_threads(),
+        "ranks": parallel.ranks(),
     }
 
 
