@@ -48,6 +48,12 @@ def save(out_dir, step, model, training_state, is_best, info):
     commit(out_dir, "last", {**info, "files": files})
 
 
+def save_best(out_dir, model, info):
+    """A checkpoint of a model alone, to sample from or to start from."""
+    info = {"format": FORMAT, "step": 0, "model": asdict(model.config), **info}
+    commit(out_dir, "best", {**info, "files": {"model": _save_tensors(out_dir, "model-0", model.state_dict())}})
+
+
 def commit(out_dir, name, info):
     """Write NAME.json: from here on this is what the checkpoint NAME is."""
     write_json(out_dir / f"{name}.json", {**info, "sha256": _checksum(info)})

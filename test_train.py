@@ -251,6 +251,22 @@ def test_no_option_is_left_out_above():
     assert {field.name for field in dataclasses.fields(GPTConfig)} <= OTHER_VALUES.keys()
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", [dict(route_every=0), dict(), dict(causal_method="router")], ids=["dense", "MoD", "router"]
+)
+def test_a_compiled_run_compiles_once(tiny, monkeypatch, kind, backend):
+    """Fifty steps with an evaluation after every ten: a second compilation would be an error."""
+    compile_model = torch.nn.Module.compile
+    monkeypatch.setattr(GPT, "compile", lambda self: compile_model(self, backend=backend, fullgraph=True))
+    torch.compiler.reset()
+    config = dataclasses.replace(tiny, **kind, max_iters=50, eval_interval=10, gradient_accumulation_steps=2)
+    eager = train.train(config)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = train.train(dataclasses.replace(config, compile="True"))
+    assert math.isclose(compiled[-1]["val_loss_causal"], eager[-1]["val_loss_causal"], abs_tol=1e-3)
+
+
 def test_compile_compiles_and_log_interval_paces_the_progress_line(tiny, monkeypatch):
     compiled, updates = [], []
     monkeypatch.setattr(GPT, "compile", lambda self: compiled.append(self))

@@ -41,6 +41,9 @@ class TrainConfig:
     out_dir: str = option("out", "folder for checkpoints, metrics.jsonl and config.json")
     resume: bool = option(False, "go on with the run in out_dir from its last checkpoint, with its options")
     dataset: str = option("shakespeare_char", "a folder below data/, or the path of any folder that prepare.py wrote")
+    init_from: str = option(
+        "", "start from the best weights in this folder, of a run or of gpt2.py; empty: random ones"
+    )
     eval_interval: int = option(250, "steps between two evaluations")
     eval_iters: int = option(200, "batches per evaluation at most; a small validation split is read once, whole")
     eval_only: bool = option(False, "evaluate the best checkpoint in out_dir and leave")
@@ -108,7 +111,10 @@ def train(config):
     with parallel.main_first():
         meta, data = load_dataset(config)
     torch.manual_seed(config.seed)
-    model = GPT(model_config(config, meta)).to(config.device)
+    model = GPT(model_config(config, meta))
+    if config.init_from and not config.resume:
+        start_from(Path(config.init_from), model, meta)
+    model.to(config.device)
     sequences_per_step = config.gradient_accumulation_steps * config.batch_size
     tokens_per_step = sequences_per_step * config.block_size
     # The convention of the field: a backward pass costs twice its forward pass. Evaluation is not counted.
@@ -286,6 +292,32 @@ def model_config(config, meta):
         return GPTConfig(**values)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def start_from(folder, model, meta):
+    """
+    Give the model the weights of the best checkpoint in `folder`.
+
+    It may have fewer tokens (a vocabulary that is padded now) and a longer context, and need not have routed blocks:
+    the weights that it lacks stay random.
+    """
+    theirs, info = checkpoint.load(folder, "best", "cpu")
+    if any(info["data"].get(name) != meta.get(name) for name in ("tokenizer", "vocab")):
+        raise UserError(f"the model in {folder} has other tokens than the data set; they must be the same")
+    ours, before = asdict(model.config), asdict(theirs.config)
+    shape = resume.differences({name: before[name] for name in ("n_layer", "n_head", "n_embd", "bias")}, ours)
+    for name, sign in (("vocab_size", 1), ("block_size", -1)):
+        if sign * before[name] > sign * ours[name]:
+            shape += f"{', ' if shape else ''}{name} was {before[name]}, now {ours[name]}"
+    if shape:
+        raise UserError(f"the model in {folder} does not fit: {shape}")
+    weights = theirs.state_dict()
+    with torch.no_grad():
+        for name, w in model.state_dict().items():
+            if name in weights:
+                n = min(len(w), len(weights[name]))
+                w[:n] = weights[name][:n]
+    print(f"Starting from {folder}: step {info['step']:,} of a run on {info['data']['source']}")
 
 
 def number_of_steps(config, step_flops):

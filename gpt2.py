@@ -1,0 +1,83 @@
+"""
+GPT-2's weights, as Hugging Face keeps them, as a checkpoint of ours:
+
+    python gpt2.py --model=gpt2 --out_dir=out-gpt2
+    python sample.py --out_dir=out-gpt2 --start="The depth of a thought"
+    python train.py config/shakespeare_finetune.py
+
+Needs transformers: pip install transformers. --model is gpt2 (124M, downloads 0.5 GB), gpt2-medium, gpt2-large or
+gpt2-xl, or the folder of a model that was saved by transformers.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from configurator import UserError, errors_in_one_line, load, option
+from mod import GPT, GPTConfig
+
+# GPT-2's own, which mod.py has built in.
+EXPECTED = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+    "add_cross_attention": False,
+}
+
+
+@dataclass
+class ConvertConfig:
+    model: str = option("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the folder of a saved model")
+    out_dir: str = option("out-gpt2", "folder for the checkpoint; a new one")
+
+
+def main(argv=None):
+    with errors_in_one_line("gpt2.py", "take a smaller --model"):
+        convert(load(ConvertConfig, argv, __doc__.split(",")[0]))
+
+
+def convert(config):
+    out_dir = Path(config.out_dir)
+    if out_dir.exists():
+        raise UserError(f"{out_dir} is there already; name another folder by --out_dir")
+    try:
+        from transformers import GPT2LMHeadModel
+    except ImportError:
+        raise UserError("this needs transformers: pip install transformers") from None
+    try:
+        theirs = GPT2LMHeadModel.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{config.model} could not be loaded ({reason})") from None
+    model = from_transformers(theirs)
+    out_dir.mkdir(parents=True)
+    data = {"tokenizer": "gpt2", "vocab_size": model.config.vocab_size, "source": config.model}
+    checkpoint.save_best(out_dir, model, {"data": data})
+    print(f"{out_dir}: {config.model}, {model.num_parameters():,} parameters")
+
+
+def from_transformers(theirs):
+    """Our dense GPT with the weights of a transformers GPT2LMHeadModel. Raises UserError for another architecture."""
+    c = theirs.config
+    other = [f"{name} {getattr(c, name)!r}" for name, value in EXPECTED.items() if getattr(c, name) != value]
+    if c.n_inner not in (None, 4 * c.n_embd):
+        other.append(f"n_inner {c.n_inner}")
+    if other:
+        raise UserError(f"this is not GPT-2's architecture: {', '.join(other)}")
+    sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size, block_size=c.n_positions)
+    model = GPT(GPTConfig(**sizes, bias=True, route_every=0))
+    weights = {name: w for name, w in theirs.state_dict().items() if name in model.state_dict()}
+    for name, w in weights.items():
+        # Theirs are stored for x @ w, nn.Linear's for x @ w.T.
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            weights[name] = w.T
+    model.load_state_dict(weights)
+    return model.to(torch.float32)
+
+
+if __name__ == "__main__":
+    main()
