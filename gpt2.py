@@ -12,8 +12,6 @@ gpt2-xl, or the folder of a model that was saved by transformers.
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import checkpoint
 from configurator import UserError, errors_in_one_line, load, option
 from mod import GPT, GPTConfig
@@ -50,7 +48,7 @@ def convert(config):
         raise UserError("this needs transformers: pip install transformers") from None
     try:
         theirs = GPT2LMHeadModel.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds: of the hub, of damaged files, of another kind of model
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{config.model} could not be loaded ({reason})") from None
     model = from_transformers(theirs)
@@ -76,7 +74,7 @@ def from_transformers(theirs):
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             weights[name] = w.T
     model.load_state_dict(weights)
-    return model.to(torch.float32)
+    return model
 
 
 if __name__ == "__main__":

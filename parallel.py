@@ -10,25 +10,38 @@ and writes. Without torchrun there is one rank, and all of this does nothing.
 
 import contextlib
 import os
+import sys
+import time
 
 import torch
 import torch.distributed as dist
 
+from configurator import UserError
+
 
 @contextlib.contextmanager
 def joined():
-    """Under torchrun: one of its ranks."""
-    if "RANK" not in os.environ:
+    """Under torchrun: one of its ranks, of which the first alone prints."""
+    if not dist.is_torchelastic_launched():
         yield
         return
+    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Tensors of a CPU are exchanged by gloo, those of a GPU by NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        with contextlib.ExitStack() as stack:
-            if not is_main():
-                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
             yield
-    finally:
-        dist.destroy_process_group()
+    except UserError:
+        if is_main():
+            raise
+        time.sleep(3)  # the first rank tells it; when one has ended, torchrun ends the others
+        sys.exit(1)
+    except KeyboardInterrupt:
+        if is_main():
+            raise
+        sys.exit(130)
+    dist.destroy_process_group()  # after an error it might wait for ranks that are gone
 
 
 def rank():
@@ -49,8 +62,19 @@ def share(n):
 
 
 def device(name):
-    """The device of this rank: `name`, but of several GPUs one for each rank of the machine."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and dist.is_initialized() else name
+    """The device of this rank, where there are several: of a machine's GPUs each of its ranks has one."""
+    if not dist.is_initialized() or name == "cpu":
+        return name
+    if name == "mps":
+        raise UserError("several ranks cannot share Apple's GPU; --device=cpu, or start without torchrun")
+    if name != "cuda":
+        raise UserError(f"under torchrun each rank has a GPU of its own: --device=cuda instead of {name}")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+        raise UserError(
+            f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}, but this machine has {torch.cuda.device_count()} GPUs"
+        )
+    return f"cuda:{local_rank}"
 
 
 def wrap(model, device):
@@ -58,17 +82,15 @@ def wrap(model, device):
     if not dist.is_initialized():
         return model
     ids = [device] if device.startswith("cuda") else None
-    return torch.nn.parallel.DistributedDataParallel(
-        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def gradients_meet(wrapped, now):
-    """A context: the ranks' gradients are exchanged in its backward pass only if `now`, once for each step."""
+def exchange_gradients(wrapped, now):
+    """A context: its backward pass exchanges the ranks' gradients only if `now`, which is once for each step."""
     return wrapped.no_sync() if dist.is_initialized() and not now else contextlib.nullcontext()
 
 
-def total(tensor):
+def sum_over_ranks(tensor):
     """The sum of the ranks' tensors, on each of them."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -76,15 +98,25 @@ def total(tensor):
 
 
 def any_rank(flag):
-    """True on all ranks if `flag` is true on any: what they all must do or leave, or some would wait for ever."""
-    return bool(flag) if not dist.is_initialized() else total(torch.tensor(float(bool(flag)))).item() > 0
+    """
+    True on all ranks if `flag` is true on any: they must stop, or go on, together, or some would wait for ever.
+
+    All wait here for the slowest: up to 30 minutes, gloo's patience; NCCL's, for a tensor of a GPU, ends after 10.
+    """
+    return sum_over_ranks(torch.tensor(float(bool(flag)))).item() > 0
 
 
 @contextlib.contextmanager
 def main_first():
-    """The others wait until rank 0 has done it. Where it fails there, torchrun ends them."""
-    if not is_main():
-        any_rank(False)
-    yield
+    """The others wait until rank 0 has done it. Where it fails there, they end; it tells why."""
+    if not is_main() and any_rank(False):
+        time.sleep(3)  # when one has ended, torchrun ends the others
+        sys.exit(1)
+    try:
+        yield
+    except BaseException:
+        if is_main():
+            any_rank(True)
+        raise
     if is_main():
         any_rank(False)

@@ -193,8 +193,8 @@ def write_metrics(out_dir, rows):
 
 class Stop:
     """
-    While it is entered, Ctrl-C and SIGTERM only ask to stop: `requested` is then the signal's number, to be looked at
-    where stopping is safe. A second one stops at once (`again`).
+    While it is entered, Ctrl-C, SIGTERM and SIGHUP (the terminal is gone) only ask to stop: `requested` is then the
+    signal's number, to be looked at where stopping is safe. A second one stops at once (`again`).
     """
 
     AT_ONCE = "Stopped at once; what was saved before is whole"
@@ -203,19 +203,25 @@ class Stop:
     def __enter__(self):
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self.handlers = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+                numbers.append(signal.SIGHUP)
+            self.handlers = {number: signal.signal(number, self.ask) for number in numbers}
         return self
 
     def ask(self, number, frame):
-        # torchrun passes a Ctrl-C on that the ranks have got already; it ends them itself if they take too long.
+        # A scheduler may signal each rank, and torchrun passes on the signal that it got itself: one wish, told twice.
         if self.requested and parallel.ranks() > 1:
             return
         if self.requested:
             self.again = True
             raise KeyboardInterrupt(self.AT_ONCE)
         self.requested = number
+        if not parallel.is_main():
+            return
+        once_more = b"" if parallel.ranks() > 1 else b". Once more: at once"
         with contextlib.suppress(OSError):  # as when the same Ctrl-C ended the program that reads our lines
-            os.write(2, b"\nStopping after this step. Once more: at once\n")  # print may not be called within a signal
+            os.write(2, b"\nStopping after this step" + once_more + b"\n")  # print may not be called within a signal
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():

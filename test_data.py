@@ -2,14 +2,13 @@
 
 import importlib
 import json
-import multiprocessing.pool
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import hypothesis
 import numpy as np
@@ -43,8 +42,11 @@ def tiny_encoding(monkeypatch):
 @pytest.fixture
 def threads(monkeypatch):
     """Threads instead of processes, which would not know the tiny encoding."""
-    context = SimpleNamespace(Pool=multiprocessing.pool.ThreadPool)
-    monkeypatch.setattr(openwebtext.multiprocessing, "get_context", lambda method: context)
+
+    def pool_of(processes, initializer, initargs):
+        return ThreadPoolExecutor(processes, initializer=initializer, initargs=initargs)
+
+    monkeypatch.setattr(openwebtext, "pool_of", pool_of)
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_documents_become_the_tokens_that_a_plain_loop_gives(tmp_path, tiny_enco
         openwebtext.main([*argv, "--out", str(out), f"--processes={processes}"])
         tokens, meta = prepared(out)
         assert tokens == reference(texts, tiny_encoding, 7, 3)
-        assert (meta["documents"], meta["without_text"], meta["tokenizer"]) == (len(texts), 60, "gpt2")
+        assert (meta["job"]["documents"], meta["without_text"], meta["tokenizer"]) == (len(texts), 60, "gpt2")
         assert sorted(path.name for path in out.iterdir()) == ["lock", "meta.json", "train.bin", "val.bin"]
     assert "780 documents (60 without text left out)" in capsys.readouterr().out
 
@@ -159,6 +161,51 @@ def test_other_options_begin_anew(tmp_path, tiny_encoding, threads, monkeypatch)
     assert (tmp_path / "out" / "progress.json").exists()
     openwebtext.main([*argv, "--val_every=5"])
     assert prepared(tmp_path / "out")[0] == reference(TEXTS * 5, tiny_encoding, 5, 2357)
+
+
+@pytest.mark.parametrize("meanwhile", ["another job", "shorter part", "damaged progress", "other text"])
+def test_what_another_job_or_a_hand_left_is_not_gone_on_with(tmp_path, tiny_encoding, threads, monkeypatch, meanwhile):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(openwebtext, "CHUNK", 10)
+    monkeypatch.setattr(openwebtext, "SAVE_EVERY", 2)
+    texts, out = TEXTS * 5, tmp_path / "out"
+    write_documents(tmp_path / "in.jsonl", texts)
+    argv = ["--input", str(tmp_path / "in.jsonl"), "--out", str(out), "--processes=1", "--val_every=4"]
+    work = openwebtext.tokens_of_chunk
+
+    def until(last):
+        def stopped(chunk):
+            if chunk == last:
+                raise UserError("stopped")
+            return work(chunk)
+
+        return stopped
+
+    monkeypatch.setattr(openwebtext, "tokens_of_chunk", until(5))
+    told(openwebtext, argv)
+    if meanwhile == "another job":
+        monkeypatch.setattr(openwebtext, "tokens_of_chunk", until(1))
+        told(openwebtext, [*argv, "--val_every=5"])
+    elif meanwhile == "shorter part":
+        os.truncate(out / "train.part", 10)
+    elif meanwhile == "damaged progress":
+        (out / "progress.json").write_bytes(b"{")
+    else:
+        texts = texts[::-1]
+        write_documents(tmp_path / "in.jsonl", texts)
+    monkeypatch.setattr(openwebtext, "tokens_of_chunk", work)
+    openwebtext.main(argv)
+    assert prepared(out)[0] == reference(texts, tiny_encoding, 4, 2357)
+
+
+def test_what_is_done_is_not_done_again(tmp_path, tiny_encoding, threads, monkeypatch, capsys):
+    pytest.importorskip("datasets")
+    write_documents(tmp_path / "in.jsonl", TEXTS * 5)
+    argv = ["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out"), "--processes=1", "--val_every=4"]
+    openwebtext.main(argv)
+    monkeypatch.setattr(openwebtext, "tokens_of_chunk", None)
+    openwebtext.main(argv)
+    assert "out holds just this already" in capsys.readouterr().out
 
 
 def test_mistakes(tmp_path, tiny_encoding, threads, monkeypatch):
@@ -286,7 +333,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, real_enc
     out = tmp_path / "out"
     command = [sys.executable, openwebtext.__file__, "--input", str(tmp_path / "in.jsonl"), "--out", str(out)]
     process = subprocess.Popen([*command, "--processes=2"], stderr=subprocess.DEVNULL, start_new_session=True)
-    while not (out / "progress.json").exists():
+    while not (out / "progress.json").exists() or not json.loads((out / "progress.json").read_text())["chunks"]:
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -295,6 +342,25 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, real_enc
     done = subprocess.run([*command, "--processes=2"], capture_output=True, text=True, check=True)
     assert "Going on after" in done.stdout
     assert prepared(out)[0] == reference(texts, real_encoding, 2000, 2357)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_where_a_process_is_killed_it_says_so_instead_of_waiting(tmp_path, real_encoding):
+    pytest.importorskip("datasets")
+    write_documents(tmp_path / "in.jsonl", [text[:60] for text in words(50_000)])
+    out = tmp_path / "out"
+    command = [sys.executable, openwebtext.__file__, "--input", str(tmp_path / "in.jsonl"), "--out", str(out)]
+    process = subprocess.Popen([*command, "--processes=2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (out / "train.part").exists() or not (out / "train.part").stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.02)
+    for pid in children.read_text().split():
+        if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
+            os.kill(int(pid), signal.SIGKILL)
+            break
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and error.splitlines()[-1].startswith("prepare.py: a process that tokenizes was")
 
 
 def peak_memory(command):

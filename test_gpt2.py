@@ -57,7 +57,12 @@ def test_a_saved_model_becomes_a_checkpoint_that_starts_a_run(tmp_path, tiny):  
 
 
 def test_another_architecture_is_refused(tmp_path):
-    for change in (dict(activation_function="relu"), dict(n_inner=100), dict(layer_norm_epsilon=1e-6)):
+    for change in (
+        dict(activation_function="relu"),
+        dict(n_inner=100),
+        dict(layer_norm_epsilon=1e-6),
+        dict(scale_attn_by_inverse_layer_idx=True),
+    ):
         theirs(**change).save_pretrained(tmp_path / "theirs")
         line = told(gpt2, [f"--model={tmp_path / 'theirs'}", f"--out_dir={tmp_path / 'new'}"])
         assert f"not GPT-2's architecture: {next(iter(change))} {next(iter(change.values()))!r}" in line
@@ -95,7 +100,7 @@ def test_a_dense_run_starts_where_the_other_ended(dense, tiny):  # noqa: F811
 
 def test_a_routed_model_with_a_padded_vocabulary_takes_what_there_is(dense, tiny):  # noqa: F811
     before = checkpoint.load(Path(dense.out_dir), "best", "cpu")[0].state_dict()
-    options = dict(route_every=2, vocab_size=40, block_size=8)
+    options = dict(route_every=2, vocab_size=40, block_size=8)  # and, below, a predictor of another size
     random, _ = started(dense, **options, out_dir=tiny.out_dir + "-random")
     weights, _ = started(dense, **options, out_dir=tiny.out_dir, init_from=dense.out_dir)
     for name, w in weights.items():
@@ -105,6 +110,15 @@ def test_a_routed_model_with_a_padded_vocabulary_takes_what_there_is(dense, tiny
             n = min(len(w), len(before[name]))
             assert torch.equal(w[:n], before[name][:n]) and torch.equal(w[n:], random[name][n:])
     assert weights["transformer.wte.weight"].shape[0] == 40 and weights["transformer.wpe.weight"].shape[0] == 8
+
+
+def test_a_predictor_of_another_size_begins_at_random(tiny):  # noqa: F811
+    train.train(tiny)
+    config = dataclasses.replace(tiny, predictor_hidden=5, init_from=tiny.out_dir)
+    before = checkpoint.load(Path(tiny.out_dir), "best", "cpu")[0].state_dict()
+    weights, _ = started(config, out_dir=tiny.out_dir + "-next")
+    assert torch.equal(weights["transformer.h.1.router.weight"], before["transformer.h.1.router.weight"])
+    assert weights["transformer.h.1.predictor.0.weight"].shape[0] == 5
 
 
 def test_a_resumed_run_does_not_start_again(dense, tiny):  # noqa: F811
@@ -121,7 +135,7 @@ def test_mistakes_with_init_from(dense, tiny, tmp_path):  # noqa: F811
     def line(*more):
         return told(train, [*argv, f"--init_from={dense.out_dir}", *more])
 
-    assert "does not fit: n_layer was 2, now 3, block_size was 16, now 20" in line("--n_layer=3", "--block_size=20")
+    assert "does not fit: block_size was 16, now 20, n_layer was 2, now 3" in line("--n_layer=3", "--block_size=20")
     assert "does not fit: bias was " in line(f"--bias={not tiny.bias}")
     assert "no checkpoint" in told(train, [*argv, f"--init_from={tmp_path}"])
     best = checkpoint.read(Path(dense.out_dir), "best")

@@ -199,6 +199,22 @@ def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_to_the_same_end(tiny, where
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals to itself")
+def test_a_terminal_that_is_gone_stops_a_run_unless_it_was_told_to_go_on(tiny):  # noqa: F811
+    config, handler = dataclasses.replace(tiny, max_iters=12), signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        stop_in(config, ("learning_rate_at", 9), [signal.SIGHUP])
+        assert checkpoint.read(Path(config.out_dir), "last")["step"] == 12
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(SystemExit):
+            stop_in(config, ("learning_rate_at", 9), [signal.SIGHUP])
+        assert checkpoint.read(Path(config.out_dir), "last")["step"] == 5
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals to itself")
 def test_a_second_ctrl_c_stops_at_once_without_harm(tiny, capsys):  # noqa: F811
     config = dataclasses.replace(tiny, max_iters=12)
     with pytest.raises(SystemExit) as end:
@@ -373,7 +389,7 @@ def test_a_full_disk_is_reported_and_training_goes_on_when_there_is_space(tiny, 
     assert same(state_of(tiny), state_of(whole))
 
 
-@pytest.mark.parametrize("moment", ["load", "keep_earlier_run", "write_metrics", "Stop"])
+@pytest.mark.parametrize("moment", ["load", "keep_earlier_run", "write_metrics"])
 def test_a_folder_is_locked_before_anything_in_it_is_read_or_changed(tiny, monkeypatch, moment):  # noqa: F811
     train.train(tiny)
     original, met = getattr(resume, moment), []

@@ -246,6 +246,8 @@ def test_no_option_is_left_out_above():
         "log_interval",
         "device",
         "compile",
+        "init_from",
+        "wandb",
     }  # in the tests around
     assert OTHER_VALUES.keys() | elsewhere == {field.name for field in dataclasses.fields(TrainConfig)}
     assert {field.name for field in dataclasses.fields(GPTConfig)} <= OTHER_VALUES.keys()

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import math
 import platform
+import re
 import runpy
 import shlex
 import sys
@@ -136,22 +137,25 @@ def train(config):
     out_dir = Path(config.out_dir)
     if config.resume and not out_dir.is_dir():
         raise UserError(f"nothing to resume in {out_dir}: there is no such folder")
-    with resume.only_run_in(out_dir), resume.Stop() as stop:
+    with contextlib.ExitStack() as held, resume.Stop() as stop:
         # Where it goes: on with the run that stands there, or that one is moved aside, never overwritten.
         info = {"config": asdict(config), "asked": asked, "versions": versions(config), "data": meta}
         progress = resume.Progress()
         with parallel.main_first():
+            held.enter_context(resume.only_run_in(out_dir))
             if config.resume:
                 progress = resume.load(out_dir, model, state, config, info)
             elif parallel.is_main():
                 resume.keep_earlier_run(out_dir)
+            if parallel.is_main():
+                # From here on the folder counts as a run, however early it ends.
+                size = {"parameters": model.num_parameters(), "flops_per_step": step_flops}
+                checkpoint.write_json(out_dir / "config.json", {**info, **size})
+                resume.write_metrics(out_dir, progress.rows)
         rows = progress.rows
-        if parallel.is_main():
-            # From here on the folder counts as a run, however early it ends.
-            size = {"parameters": model.num_parameters(), "flops_per_step": step_flops}
-            checkpoint.write_json(out_dir / "config.json", {**info, **size})
-            resume.write_metrics(out_dir, rows)
-        logger = start_wandb(config, info) if config.wandb and parallel.is_main() else None
+        logger = None
+        if config.wandb and parallel.is_main():
+            logger = import_wandb().init(project=config.wandb, name=out_dir.name, config=asdict(config))
 
         # The loop. Seeds come from the step, so evaluation and logging can never change the training, and the step is
         # all the random state that there is to save.
@@ -161,6 +165,7 @@ def train(config):
         wrapped = parallel.wrap(model, config.device)
         hidden = None if parallel.is_main() else True  # None: where there is no terminal
         bar = tqdm(total=config.max_iters, initial=progress.step, disable=hidden, unit="step", dynamic_ncols=True)
+        shown = progress.step, progress.train_seconds
         while True:
             step = progress.step
             # A run that was stopped during an evaluation has no row for that step yet.
@@ -190,13 +195,14 @@ def train(config):
             for micro_step in micro_steps:
                 x, y = training_batch(data["train"], step, micro_step, config)
                 torch.manual_seed(seed_of(config.seed, step, micro_step))  # dropout, and the stochastic control's noise
-                with parallel.gradients_meet(wrapped, micro_step == micro_steps[-1]):
+                with parallel.exchange_gradients(wrapped, micro_step == micro_steps[-1]):
                     with autocast(config):
                         _, loss = wrapped(x, y, routing="topk")
-                    total = (loss + config.aux_weight * model.aux_loss) / len(micro_steps)
-                    scaler.scale(total).backward()
+                    # Over this rank's micro-steps the mean; the exchange makes it the mean over all ranks'.
+                    objective = (loss + config.aux_weight * model.aux_loss) / len(micro_steps)
+                    scaler.scale(objective).backward()
                 losses += torch.stack([loss.detach(), model.aux_loss.detach()]) / config.gradient_accumulation_steps
-            parallel.total(losses)
+            parallel.sum_over_ranks(losses)
             scaler.unscale_(optimizer)
             # Apart: under one common norm the predictor's gradient would scale the trunk's, stop-gradient or not.
             limit = config.grad_clip or math.inf
@@ -215,15 +221,20 @@ def train(config):
             progress.train_seconds += time.perf_counter() - begun
 
             if progress.step % config.log_interval == 0 or progress.step == config.max_iters:
-                speed = progress.step * tokens_per_step / progress.train_seconds
-                mfu = f", MFU {speed / tokens_per_step * step_flops / peak:.0%}" if peak else ""
-                bar.set_postfix_str(f"loss {losses[0].item():.3f}, {speed:,.0f} tokens/s{mfu}", refresh=False)
-                bar.update(progress.step - bar.n)
+                shown_before, shown = shown, (progress.step, progress.train_seconds)
+                steps, seconds = (now - before for now, before in zip(shown, shown_before))
+                mfu = f", MFU {steps * step_flops / seconds / peak:.0%}" if peak else ""
+                speed = f"{steps * tokens_per_step / seconds:,.0f} tokens/s{mfu}"
+                bar.set_postfix_str(f"loss {losses[0].item():.3f}, {speed}", refresh=False)
+                bar.update(steps)
         bar.close()
+        if logger:
+            logger.finish()
         if progress.saved != progress.step and not resume.save(out_dir, model, state, progress, info, stop):
             raise UserError(f"the run ends at step {step:,} without a checkpoint of it; make space, then --resume")
         if not rows or rows[-1]["step"] < config.max_iters:
-            go_on = f"python train.py --resume --out_dir={shlex.quote(config.out_dir)}"
+            launcher = "python" if parallel.ranks() == 1 else "torchrun (with the options it had)"
+            go_on = f"{launcher} train.py --resume --out_dir={shlex.quote(config.out_dir)}"
             raise KeyboardInterrupt(f"Stopped and saved at step {step:,}. Go on with: {go_on}")
 
     best_row = min(rows, key=lambda row: row["val_loss_causal"])
@@ -273,6 +284,8 @@ def resolve(config):
             f"gradient_accumulation_steps {config.gradient_accumulation_steps} cannot be shared by {parallel.ranks()} "
             f"ranks; take a multiple of {parallel.ranks()}"
         )
+    if config.wandb:
+        import_wandb()  # what is missing shows before anything is done
     on_cuda = device.startswith("cuda")
     dtype, compiled = config.dtype, config.compile
     if dtype == "auto":
@@ -305,18 +318,22 @@ def start_from(folder, model, meta):
     if any(info["data"].get(name) != meta.get(name) for name in ("tokenizer", "vocab")):
         raise UserError(f"the model in {folder} has other tokens than the data set; they must be the same")
     ours, before = asdict(model.config), asdict(theirs.config)
-    shape = resume.differences({name: before[name] for name in ("n_layer", "n_head", "n_embd", "bias")}, ours)
-    for name, sign in (("vocab_size", 1), ("block_size", -1)):
-        if sign * before[name] > sign * ours[name]:
-            shape += f"{', ' if shape else ''}{name} was {before[name]}, now {ours[name]}"
+    must_fit = ["n_layer", "n_head", "n_embd", "bias"]
+    if before["vocab_size"] > ours["vocab_size"]:
+        must_fit.append("vocab_size")
+    if before["block_size"] < ours["block_size"]:
+        must_fit.append("block_size")
+    shape = resume.differences({name: before[name] for name in must_fit}, ours)
     if shape:
         raise UserError(f"the model in {folder} does not fit: {shape}")
     weights = theirs.state_dict()
     with torch.no_grad():
         for name, w in model.state_dict().items():
-            if name in weights:
+            if name in ("transformer.wte.weight", "transformer.wpe.weight"):  # the head is wte
                 n = min(len(w), len(weights[name]))
                 w[:n] = weights[name][:n]
+            elif name in weights and w.shape == weights[name].shape:  # a predictor may have another size
+                w.copy_(weights[name])
     print(f"Starting from {folder}: step {info['step']:,} of a run on {info['data']['source']}")
 
 
@@ -470,7 +487,7 @@ def evaluate(model, tokens, config, stop=None):
     model.train(training)
     if parallel.any_rank(stop is not None and stop.requested):
         return None
-    columns = zip(*parallel.total(table).tolist())
+    columns = zip(*parallel.sum_over_ranks(table).tolist())
     causal, topk, agree, hit, member, made, *taken = (sum(column) for column in columns)
     result = {"val_loss_causal": causal / n_windows, "val_loss_topk": topk / n_windows}
     if routed:
@@ -512,6 +529,7 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
     "RTX 4090": 165e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "B200": 2250e12,
@@ -523,16 +541,16 @@ def peak_flops(config):
     if not config.device.startswith("cuda") or config.dtype == "float32":
         return None
     name = torch.cuda.get_device_name(config.device)
-    known = [key for key in PEAK_FLOPS if key in name]
+    known = [key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name)]  # an L40 is no L4
     return PEAK_FLOPS[max(known, key=len)] * parallel.ranks() if known else None
 
 
-def start_wandb(config, info):
+def import_wandb():
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb needs Weights & Biases: pip install wandb") from None
-    return wandb.init(project=config.wandb, name=Path(config.out_dir).name, config=info["config"])
+    return wandb
 
 
 def stop_if_not_finite(value, name, step, more=""):

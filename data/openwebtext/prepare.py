@@ -20,6 +20,8 @@ import os
 import signal
 import sys
 from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +60,16 @@ def main(argv=None):
 
 
 def prepare(args, out):
-    documents, source = load_documents(args.input, args.column)
+    documents, source, files = load_documents(args.input, args.column)
     out.mkdir(parents=True, exist_ok=True)
     # What the bytes depend on. What was done before under other circumstances is of no use.
-    job = {"source": source, "documents": len(documents), "bytes": documents.data.nbytes, "column": args.column}
-    job |= {"val_every": args.val_every, "seed": args.seed}
+    job = {"source": source, "documents": len(documents), "files": files, "column": args.column}
+    job |= {"val_every": args.val_every, "seed": args.seed, "chunk": CHUNK}
     try:
         with FileLock(out / "lock", timeout=0):
+            if is_done(out, job):
+                print(f"{out} holds just this already")
+                return
             parts, done = tokenize(documents, job, args, out)
             if done["train"] == 0 or done["val"] == 0:
                 raise UserError(
@@ -72,9 +77,13 @@ def prepare(args, out):
                     "no tokens for train or none for val; make it smaller"
                 )
             meta = {"tokenizer": "gpt2", "vocab_size": dataset.gpt2_encoding().n_vocab, "text_sha256": done["digest"]}
-            meta |= {**job, "without_text": done["without_text"]}
+            meta |= {"source": source, "job": job, "without_text": done["without_text"]}
             meta = dataset.commit(out, parts, meta)
             (out / "progress.json").unlink()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that tokenizes was killed, perhaps for want of memory; start again, with fewer --processes"
+        ) from None
     except Timeout:
         raise UserError(f"another prepare.py is at work in {out}; wait for it, or name another --out") from None
     tokens = ", ".join(f"{split}.bin {n:,} tokens" for split, n in meta["tokens"].items())
@@ -83,7 +92,7 @@ def prepare(args, out):
 
 
 def load_documents(path, column):
-    """The documents as a column of a Hugging Face Dataset, mapped from the disk, and what they are."""
+    """The documents, a Hugging Face Dataset mapped from the disk; what they are; a fingerprint of their files."""
     try:
         import datasets
         import pyarrow  # datasets brings it
@@ -103,7 +112,7 @@ def load_documents(path, column):
                 f"{OPENWEBTEXT} gave {len(documents):,} documents, it has {OPENWEBTEXT_DOCUMENTS:,}; delete it from "
                 "Hugging Face's cache (~/.cache/huggingface) and start again"
             )
-        return documents, "OpenWebText"
+        return documents, "OpenWebText", OPENWEBTEXT
     if not path.exists():
         raise UserError(f"no folder or file {path}")
     files = sorted(p for p in path.rglob("*") if p.suffix in FORMATS) if path.is_dir() else [path]
@@ -121,7 +130,16 @@ def load_documents(path, column):
     pyarrow.default_memory_pool().release_unused()  # reading files leaves buffers behind
     if column not in documents.column_names:
         raise UserError(f"the documents in {path} have no column {column!r}, but {', '.join(documents.column_names)}")
-    return documents, path.name
+    stats = [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return documents, path.name, hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def is_done(out, job):
+    try:
+        meta, _ = dataset.load(out)
+    except UserError:
+        return False
+    return meta.get("job") == job
 
 
 def tokenize(documents, job, args, out):
@@ -133,25 +151,27 @@ def tokenize(documents, job, args, out):
     parts = {split: out / f"{split}.part" for split in dataset.SPLITS}
     done = {"job": job, "chunks": 0, "train": 0, "val": 0, "without_text": 0, "digest": ""}
     progress = out / "progress.json"
-    if progress.is_file():
+    try:
         before = json.loads(progress.read_text(encoding="utf-8"))
-        if before["job"] == job and all(part.is_file() for part in parts.values()):
+        if before["job"] == job and all(part.stat().st_size >= 2 * before[split] for split, part in parts.items()):
             done = before
+        if done["chunks"]:
             print(f"Going on after {done['chunks'] * CHUNK:,} of {len(documents):,} documents")
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # nothing to go on with
     chunks = range(done["chunks"], -(-len(documents) // CHUNK))
-    # Not forked: a fork of a process with threads, such as Arrow's, can hang.
-    context = multiprocessing.get_context("spawn")
     files = {split: open(part, "ab") for split, part in parts.items()}
     bar = tqdm(total=len(documents), initial=done["chunks"] * CHUNK, disable=None, unit="doc", dynamic_ncols=True)
-    with files["train"], files["val"], bar, context.Pool(args.processes, start, (documents, args)) as pool:
+    with files["train"], files["val"], bar, pool_of(args.processes, start, (documents, args)) as pool:
         for split, file in files.items():
             file.truncate(2 * done[split])  # a kill may have left more than was counted
+        save(done, files, progress)  # from here on these files are this job's
         waiting = deque()
         for chunk in chunks:
             # No further ahead than the processes need: or the tokens of a slow disk's corpus would fill the memory.
-            waiting.append(pool.apply_async(tokens_of_chunk, (chunk,)))
+            waiting.append(pool.submit(tokens_of_chunk, chunk))
             while len(waiting) > (2 * args.processes if chunk < chunks[-1] else 0):
-                tokens, without_text, digest = waiting.popleft().get()
+                tokens, without_text, digest = waiting.popleft().result()
                 for split, file in files.items():
                     file.write(tokens[split].tobytes())
                     done[split] += len(tokens[split])
@@ -163,6 +183,12 @@ def tokenize(documents, job, args, out):
                     save(done, files, progress)
         save(done, files, progress)
     return parts, done
+
+
+def pool_of(processes, initializer, initargs):
+    # Not forked: a fork of a process with threads, such as Arrow's, can hang.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(processes, context, initializer, initargs)
 
 
 def save(done, files, progress):
