@@ -181,10 +181,11 @@ def test_what_another_job_or_a_hand_left_is_not_gone_on_with(tmp_path, tiny_enco
 
         return stopped
 
-    monkeypatch.setattr(openwebtext, "tokens_of_chunk", until(5))
+    monkeypatch.setattr(openwebtext, "tokens_of_chunk", until(4))
     told(openwebtext, argv)
-    if meanwhile == "another job":
-        monkeypatch.setattr(openwebtext, "tokens_of_chunk", until(1))
+    if meanwhile == "another job":  # that wrote more than this one, and was stopped before it counted any of it
+        monkeypatch.setattr(openwebtext, "SAVE_EVERY", 1000)
+        monkeypatch.setattr(openwebtext, "tokens_of_chunk", until(6))
         told(openwebtext, [*argv, "--val_every=5"])
     elif meanwhile == "shorter part":
         os.truncate(out / "train.part", 10)
