@@ -526,6 +526,13 @@ def test_best_is_the_best_of_those_that_were_saved(tiny, at, monkeypatch):  # no
     assert checkpoint.read(Path(tiny.out_dir), "best")["step"] == best  # the resumed run knows it
 
 
+def test_a_worse_loss_does_not_make_a_middling_one_the_best(tiny, monkeypatch):  # noqa: F811
+    losses = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(train, "evaluate", lambda *a: dict.fromkeys(("val_loss_causal", "val_loss_topk"), next(losses)))
+    train.train(tiny)
+    assert checkpoint.read(Path(tiny.out_dir), "best")["step"] == 0
+
+
 # Properties
 
 
