@@ -216,6 +216,7 @@ def test_mistakes(tmp_path, tiny_encoding, threads, monkeypatch):
     for name in ("a.txt", "b.jsonl"):
         (tmp_path / "mixed" / name).write_text("x")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
+    write_documents(tmp_path / "numbers.jsonl", [1, 2])
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
@@ -224,6 +225,7 @@ def test_mistakes(tmp_path, tiny_encoding, threads, monkeypatch):
         ("--input mixed --out new", "must hold files of one kind, .jsonl, .parquet or .txt; mixed holds .jsonl, .txt"),
         ("--input empty --out new", "empty holds none of these"),
         ("--input broken.jsonl --out new", "the documents in broken.jsonl cannot be read ("),
+        ("--input numbers.jsonl --out new", "the column 'text' of numbers.jsonl holds int64, not texts"),
         ("--input in --out new --column=body", "have no column 'body', but text"),
         ("--input in --out new --val_every=1", "--val_every must be at least 2, got 1"),
         ("--input in --out new --processes=0", "--processes must be at least 1, got 0"),

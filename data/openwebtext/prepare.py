@@ -35,7 +35,7 @@ from configurator import UserError, errors_in_one_line  # noqa: E402
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_DOCUMENTS = 8_013_769  # fewer: a branch with a part of it, or a download that ended early
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 CHUNK = 256  # documents that a process tokenizes at a time
 SAVE_EVERY = 64  # chunks, after which what was done is safe from a kill
 
@@ -130,8 +130,10 @@ def load_documents(path, column):
     pyarrow.default_memory_pool().release_unused()  # reading files leaves buffers behind
     if column not in documents.column_names:
         raise UserError(f"the documents in {path} have no column {column!r}, but {', '.join(documents.column_names)}")
+    if documents.features[column].dtype not in ("string", "large_string"):
+        raise UserError(f"the column {column!r} of {path} holds {documents.features[column].dtype}, not texts")
     stats = [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return documents, path.name, hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    return documents.select_columns(column), path.name, hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def is_done(out, job):
@@ -146,7 +148,7 @@ def tokenize(documents, job, args, out):
     """
     Write the tokens to out/train.part and out/val.part; returns these paths and what was done.
 
-    Here is only what puts the pieces one after the other; the work is in `tokens_of_chunk`, in other processes.
+    This process only puts the chunks one after the other; `tokens_of_chunk`, in the others, does the work.
     """
     parts = {split: out / f"{split}.part" for split in dataset.SPLITS}
     done = {"job": job, "chunks": 0, "train": 0, "val": 0, "without_text": 0, "digest": ""}
