@@ -33,15 +33,19 @@ def joined():
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
             yield
     except UserError:
-        if is_main():
+        if os.environ["LOCAL_RANK"] == "0":
             raise
-        time.sleep(3)  # the first rank tells it; when one has ended, torchrun ends the others
+        time.sleep(3)  # the first rank of each machine tells it; when one has ended, torchrun ends the others
         sys.exit(1)
     except KeyboardInterrupt:
         if is_main():
             raise
         sys.exit(130)
     dist.destroy_process_group()  # after an error it might wait for ranks that are gone
+
+
+def under_torchrun():
+    return dist.is_initialized()
 
 
 def rank():
@@ -67,14 +71,14 @@ def device(name):
         return name
     if name == "mps":
         raise UserError("several ranks cannot share Apple's GPU; --device=cpu, or start without torchrun")
-    if name != "cuda":
+    own = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name not in ("cuda", own):
         raise UserError(f"under torchrun each rank has a GPU of its own: --device=cuda instead of {name}")
-    local_rank = int(os.environ["LOCAL_RANK"])
     if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
         raise UserError(
             f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}, but this machine has {torch.cuda.device_count()} GPUs"
         )
-    return f"cuda:{local_rank}"
+    return own
 
 
 def wrap(model, device):
@@ -87,6 +91,7 @@ def wrap(model, device):
 
 def exchange_gradients(wrapped, now):
     """A context: its backward pass exchanges the ranks' gradients only if `now`, which is once for each step."""
+    # DistributedDataParallel takes their mean during backward; no_sync puts that off.
     return wrapped.no_sync() if dist.is_initialized() and not now else contextlib.nullcontext()
 
 
@@ -101,14 +106,14 @@ def any_rank(flag):
     """
     True on all ranks if `flag` is true on any: they must stop, or go on, together, or some would wait for ever.
 
-    All wait here for the slowest: up to 30 minutes, gloo's patience; NCCL's, for a tensor of a GPU, ends after 10.
+    All wait here for the slowest, for 30 minutes at most, which is gloo's patience.
     """
     return sum_over_ranks(torch.tensor(float(bool(flag)))).item() > 0
 
 
 @contextlib.contextmanager
 def main_first():
-    """The others wait until rank 0 has done it. Where it fails there, they end; it tells why."""
+    """Rank 0 does it first, then the others. Where it fails there, they end; it tells why."""
     if not is_main() and any_rank(False):
         time.sleep(3)  # when one has ended, torchrun ends the others
         sys.exit(1)

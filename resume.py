@@ -211,7 +211,7 @@ class Stop:
 
     def ask(self, number, frame):
         # A scheduler may signal each rank, and torchrun passes on the signal that it got itself: one wish, told twice.
-        if self.requested and parallel.ranks() > 1:
+        if self.requested and parallel.under_torchrun():
             return
         if self.requested:
             self.again = True
@@ -219,7 +219,7 @@ class Stop:
         self.requested = number
         if not parallel.is_main():
             return
-        once_more = b"" if parallel.ranks() > 1 else b". Once more: at once"
+        once_more = b"" if parallel.under_torchrun() else b". Once more: at once"
         with contextlib.suppress(OSError):  # as when the same Ctrl-C ended the program that reads our lines
             os.write(2, b"\nStopping after this step" + once_more + b"\n")  # print may not be called within a signal
 

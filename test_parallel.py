@@ -162,6 +162,8 @@ def test_on_another_number_of_ranks_a_run_goes_on_and_says_so(small, start):
     out = finished(start(longer, 0))
     assert "Not exactly the run that stopped: max_iters was 20, now 22" in out and "ranks was 2, now 1" in out
     assert checkpoint.read(Path(small.out_dir), "last")["step"] == 22
+    evaluation = dataclasses.replace(small, eval_only=True, gradient_accumulation_steps=1)  # it has no micro-steps
+    assert finished(start(evaluation, 2)).count("val loss") == 1
 
 
 def test_micro_steps_that_cannot_be_shared_are_refused(small, start):
@@ -185,7 +187,7 @@ def test_a_rank_has_the_gpu_of_its_place_on_its_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     for name, value in {"RANK": "11", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
-    assert parallel.device("cuda") == "cuda:3" and parallel.device("cpu") == "cpu"
+    assert parallel.device("cuda") == parallel.device("cuda:3") == "cuda:3" and parallel.device("cpu") == "cpu"
     for name in ("cuda:1", "mps"):
         with pytest.raises(UserError, match="under torchrun each rank|several ranks cannot share"):
             parallel.device(name)

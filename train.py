@@ -233,7 +233,7 @@ def train(config):
         if progress.saved != progress.step and not resume.save(out_dir, model, state, progress, info, stop):
             raise UserError(f"the run ends at step {step:,} without a checkpoint of it; make space, then --resume")
         if not rows or rows[-1]["step"] < config.max_iters:
-            launcher = "python" if parallel.ranks() == 1 else "torchrun (with the options it had)"
+            launcher = "torchrun (with the options it had)" if parallel.under_torchrun() else "python"
             go_on = f"{launcher} train.py --resume --out_dir={shlex.quote(config.out_dir)}"
             raise KeyboardInterrupt(f"Stopped and saved at step {step:,}. Go on with: {go_on}")
 
@@ -279,7 +279,7 @@ def resolve(config):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name} must be in [0, 1), got {getattr(config, name)}")
     device = parallel.device(pick_device(config.device))
-    if config.gradient_accumulation_steps % parallel.ranks():
+    if config.gradient_accumulation_steps % parallel.ranks() and not config.eval_only:
         raise UserError(
             f"gradient_accumulation_steps {config.gradient_accumulation_steps} cannot be shared by {parallel.ranks()} "
             f"ranks; take a multiple of {parallel.ranks()}"
@@ -505,9 +505,12 @@ def evaluate(model, tokens, config, stop=None):
 def evaluate_checkpoint(config):
     """The best checkpoint's losses, over the windows of its run."""
     model, info = checkpoint.load(Path(config.out_dir), "best", config.device)
+    if "config" not in info:
+        raise UserError(f"{config.out_dir} is not of a run of train.py, which says over what to evaluate it")
     of_the_run = {name: info["config"][name] for name in ("block_size", "vocab_size", "batch_size", "eval_iters")}
     config = dataclasses.replace(config, **of_the_run)
-    meta, data = load_dataset(config)
+    with parallel.main_first():
+        meta, data = load_dataset(config)
     if info["data"]["sha256"] != meta["sha256"]:
         raise UserError(
             f"{config.out_dir} was trained on {info['data']['source']!r}, {config.dataset} holds {meta['source']!r}; "
