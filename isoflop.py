@@ -33,7 +33,7 @@ from configurator import UserError, errors_in_one_line, pick_device
 from experiments.variants import VARIANTS
 from train import TrainConfig, evaluate, forward_flops, load_dataset, model_config, number_of_steps, train
 
-TOKENS_PER_STEP = 2048
+TOKENS_PER_STEP = 1024
 HEAD_SIZE = 32
 RATES_START, RATES_FACTOR = 5e-3, 2  # where the search for a learning rate begins, and its step
 SEEDS = (1, 2, 3)  # the first one for all choices
@@ -67,16 +67,10 @@ class Run:
 # blocks.
 
 
-def grid(layers, widths):
-    return [(n, width) for n in layers for width in widths]
-
-
 SIZES = {
-    1e12: grid((1, 2, 3), (32, 64, 96, 128)),
-    3e12: grid((1, 2, 3), (64, 96, 128, 160)),
-    1e13: grid((1, 2, 3, 4), (96, 128, 192)),
-    3e13: grid((2, 3, 4), (128, 192, 256)),
-    1e14: grid((2, 3, 4), (128, 192, 256)),
+    3e12: ((1, 32), (1, 64), (1, 96), (2, 32), (2, 64), (2, 96), (3, 32), (3, 64)),
+    1e13: ((1, 64), (1, 96), (2, 64), (2, 96), (2, 128), (3, 64), (3, 96), (3, 128)),
+    3e13: ((2, 96), (2, 128), (3, 96), (3, 128), (4, 128)),
 }
 
 
@@ -171,7 +165,7 @@ def loss_for_choice(run, done):
 
 
 def smoke(done):
-    return compared(5e9, grid((1,), (32, 64)), done)
+    return compared(5e9, ((1, 32), (1, 64)), done)
 
 
 def laptop(done):
