@@ -5,38 +5,32 @@ The paper's comparison in miniature: dense GPTs and Mixture-of-Depths at equal t
     python isoflop.py full                            # what is committed in results/isoflop, and what is still missing
 
 Each finished run is a line of RESULTS/runs.jsonl. What stands there is not trained again; stopped (Ctrl-C) and started
-anew, a set goes on inside the runs that were under way.
+anew, a set goes on inside the runs that were under way. At the end it draws and prints.
 
-Read from top to bottom: a run and what is declared (`SETS`), the rule that says what to run next, and the runner. What
-is made of the lines, tables and pictures, is in report.py.
+Read from top to bottom: a run, what is declared, what is wanted next when so much is known, one run. The pool that
+trains several at once is in experiments/runner.py, tables and pictures are in experiments/report.py.
 """
 
-import argparse
-import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import json
 import math
-import multiprocessing
-import shutil
-import signal
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from unittest import mock
 
 import torch
-from tqdm import tqdm
 
 import checkpoint
 import mod
 from configurator import UserError, errors_in_one_line, pick_device
+from experiments import report, runner
+from experiments.runner import SEEDS, loss_for_choice, search, seeds
 from experiments.variants import VARIANTS
 from train import TrainConfig, evaluate, forward_flops, load_dataset, model_config, number_of_steps, train
 
 TOKENS_PER_STEP = 1024
 HEAD_SIZE = 32
-RATES_START, RATES_FACTOR = 5e-3, 2  # where the search for a learning rate begins, and its step
-SEEDS = (1, 2, 3)  # the first one for all choices
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class Run:
     n_layer: int
     n_embd: int
     route_every: int  # 0: dense
-    learning_rate: float = RATES_START
+    learning_rate: float = 5e-3  # where the search begins
     seed: int = SEEDS[0]
     capacity: float = 0.125
     selection: str = "learned"
@@ -100,7 +94,7 @@ def compared(budget, sizes, done):
 
 
 def ablations(budget, sizes, done):
-    """The runs that are still needed to change one thing at a time in the best MoD model of a budget, all seeds."""
+    """Then the runs that are still needed to change one thing at a time in the best MoD model of the budget."""
     todo = compared(budget, sizes, done)
     if todo:
         return todo
@@ -138,32 +132,6 @@ def best(budget, route_every, done):
     return min(models, key=loss)
 
 
-def search(run, done):
-    """
-    `run` at its best learning rate, and the runs that are still needed to know it.
-
-    From RATES_START on, in steps of RATES_FACTOR, as long as a neighbour is better: so the best one lies inside.
-    """
-    rate = RATES_START
-    while True:
-        near = [replace(run, learning_rate=r) for r in (rate / RATES_FACTOR, rate, rate * RATES_FACTOR)]
-        missing = [other for other in near if other not in done]
-        best = min(near, key=lambda other: loss_for_choice(other, done))
-        if missing or best.learning_rate == rate:
-            return best, missing
-        rate = best.learning_rate
-
-
-def seeds(run, done):
-    return [again for seed in SEEDS[1:] if (again := replace(run, seed=seed)) not in done]
-
-
-def loss_for_choice(run, done):
-    """The causal loss on the half of the validation split that is for choosing; a run that diverged has none."""
-    row = done.get(run)
-    return row["choose"]["val_loss_causal"] if row and row["choose"] else math.inf
-
-
 def smoke(done):
     return compared(5e9, ((1, 32), (1, 64)), done)
 
@@ -181,7 +149,7 @@ def full(done):
 SETS = {"smoke": smoke, "laptop": laptop, "full": full}
 
 
-# The runner
+# One run
 
 
 def options(run, vocabulary, dataset, out_dir, device):
@@ -212,24 +180,28 @@ def options(run, vocabulary, dataset, out_dir, device):
     return replace(config, warmup_iters=steps // 20, eval_interval=math.ceil(steps / 4))  # it saves when it evaluates
 
 
-def execute(run, dataset, folder, device):
+def execute(run, out_dir, dataset, device):
     """Train and evaluate one run; returns its line of runs.jsonl. Called in a process of its own, with one thread."""
+    return train_one(run, out_dir, dataset, device)["row"]
+
+
+def train_one(run, out_dir, dataset, device, **more):
+    """As `execute`, with `more` options of train.py; returns what there is: model, meta, data, config, rows, row."""
     torch.set_num_threads(1)
-    out_dir = folder / run.name
     out_dir.mkdir(parents=True, exist_ok=True)
     meta, data = load_dataset(TrainConfig(dataset=dataset, block_size=run.block_size))
-    config = options(run, meta["vocab_size"], dataset, out_dir, device)
+    config = replace(options(run, meta["vocab_size"], dataset, out_dir, device), **more)
     half = len(data["val"]) // 2
     row = {"run": asdict(run), "data": meta["text_sha256"][:16], "choose": None, "report": None}
     variant = mock.patch.object(mod, "RoutedBlock", VARIANTS.get(run.variant, mod.RoutedBlock))
     with open(out_dir / "log.txt", "a", encoding="utf-8") as log, variant:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
-                last = train(replace(config, resume=(out_dir / "last.json").is_file()))[-1]
+                rows = train(replace(config, resume=(out_dir / "last.json").is_file()))
             except UserError as error:
                 if "diverged" not in str(error):
                     raise
-                return row
+                return {"row": row}
             model, info = checkpoint.load(out_dir, "last", config.device)
     # Whole halves; a choice may be made on the first one only, and every figure is from the second.
     whole = replace(config, eval_iters=len(data["val"]), batch_size=64)
@@ -238,89 +210,27 @@ def execute(run, dataset, folder, device):
     row |= {
         "parameters": model.num_parameters(),
         "forward_flops_per_token": forward_flops(model.config, run.block_size) / run.block_size,
-        "steps": last["step"],
-        "flops": last["flops"],
-        "train_loss": last["train_loss"],
-        "train_seconds": last["train_seconds"],
+        "steps": rows[-1]["step"],
+        "flops": rows[-1]["flops"],
+        "train_loss": rows[-1]["train_loss"],
+        "train_seconds": rows[-1]["train_seconds"],
         "versions": {name: info["versions"][name] for name in ("torch", "hardware", "threads")},
     }
-    return row
-
-
-def run_all(wanted, results, dataset, folder, device, jobs):
-    """Train what `wanted` (a function of SETS) asks for until it asks for nothing more; returns {Run: line}."""
-    meta, _ = load_dataset(TrainConfig(dataset=dataset))
-    done = read(results, meta)
-    context = multiprocessing.get_context("spawn")
-
-    def ask_to_stop(*_):
-        # train.py saves when it is asked to stop.
-        for process in multiprocessing.active_children():
-            process.terminate()
-
-    def stop(*_):
-        ask_to_stop()
-        raise KeyboardInterrupt("Stopped; the same command goes on")
-
-    signal.signal(signal.SIGTERM, stop)
-    begun = sum(run.budget for run in done)
-    bar = tqdm(unit="FLOP", unit_scale=True, initial=begun, disable=None, dynamic_ncols=True, smoothing=0)
-    running = {}
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        try:
-            while True:
-                todo = [run for run in wanted(done) if run not in running.values()]
-                for run in todo[: jobs - len(running)]:
-                    running[pool.submit(execute, run, dataset, folder, device)] = run
-                if not running:
-                    break
-                waiting = {*todo, *running.values()}
-                bar.total = sum(run.budget for run in {*waiting, *done})
-                bar.set_postfix_str(f"{len(done)} runs done, at least {len(waiting)} to do")
-                for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
-                    run, row = running[future], future.result()
-                    results.mkdir(parents=True, exist_ok=True)
-                    with open(results / "runs.jsonl", "a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-                    done[run] = row
-                    del running[future]
-                    bar.update(run.budget)
-                    loss = f"{row['report']['val_loss_causal']:.4f}" if row["report"] else "diverged"
-                    bar.write(f"{run.name}: {loss}")
-                    shutil.rmtree(folder / run.name)
-        except Exception:
-            ask_to_stop()
-            raise
-    bar.close()
-    return done
-
-
-def read(results, meta=None):
-    """The lines of runs.jsonl as {Run: line}."""
-    path = results / "runs.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    try:
-        rows = [json.loads(line) for line in lines]
-        done = {Run(**row["run"]): row for row in rows}
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} has a line that is no run ({error}); delete that line") from None
-    if meta and any(row["data"] != meta["text_sha256"][:16] for row in rows):
-        raise UserError(f"{path} holds runs on another text than this data set; name another folder by --results")
-    return done
+    return {"model": model, "meta": meta, "data": data, "config": config, "rows": rows, "row": row}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("set", choices=SETS)
-    parser.add_argument("--results", type=Path, default=Path("results/isoflop"), help="default: %(default)s")
-    parser.add_argument("--folder", type=Path, default=Path("out-isoflop"), help="for runs under way (%(default)s)")
+    parser = runner.arguments(__doc__.split(":")[0], SETS, "results/isoflop", "out-isoflop")
     parser.add_argument("--dataset", default="shakespeare_works", help="as train.py's (%(default)s)")
     parser.add_argument("--device", default="auto", help="as train.py's (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=torch.get_num_threads(), help="runs at once (%(default)s)")
     args = parser.parse_args(argv)
     with errors_in_one_line("isoflop.py", "try fewer --jobs"):
-        done = run_all(SETS[args.set], args.results, args.dataset, args.folder, pick_device(args.device), args.jobs)
-        print(f"{len(done)} runs in {args.results}")
+        meta, _ = load_dataset(TrainConfig(dataset=args.dataset))
+        if any(row["data"] != meta["text_sha256"][:16] for row in runner.read(args.results, Run).values()):
+            raise UserError(f"{args.results} holds runs on another text; name another folder by --results")
+        train_one = functools.partial(execute, dataset=args.dataset, device=pick_device(args.device))
+        done = runner.run_all(SETS[args.set], Run, train_one, args.results, args.folder, args.jobs)
+        print(report.write(report.models_of(done), args.results))
 
 
 if __name__ == "__main__":

@@ -45,4 +45,19 @@ class TenTimes(nn.Linear):
         return 10 * super().forward(x)
 
 
-VARIANTS = {"no gate": NoGate, "sigmoid gate": SigmoidGate, "router x 10": LoudRouter}
+class Explorer(RoutedBlock):
+    """Picks with noise, at first mostly noise, then less and less: half of it after each 250 training steps."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.register_buffer("passes", torch.zeros(()))  # in the checkpoint, so that a resumed run knows it
+
+    def scores(self, r):
+        if not self.training:
+            return r
+        noise = 3 * 0.5 ** (self.passes / 250)
+        self.passes += 1
+        return r + noise * r.detach().std() * torch.randn_like(r)
+
+
+VARIANTS = {"no gate": NoGate, "sigmoid gate": SigmoidGate, "router x 10": LoudRouter, "explores": Explorer}

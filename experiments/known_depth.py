@@ -1,0 +1,149 @@
+"""
+A task of which it is known which tokens need depth: does the router send exactly these through?
+
+    python experiments/known_depth.py --results=my-results
+
+Each text is 64 letters with one expression among them, at a random place: a number and seven operations,
+
+    h w q o 1 r s r t t s r k e b ...
+
+The answer to a letter is the letter itself, which takes no thought. The answer to the number is the number; to each
+operation, what it makes of the answer before it (the operations are permutations of 0, 1, 2, and do not commute). So a
+model must hand on a result from token to token, the further the deeper: an answer after seven operations takes several
+layers. One token in eight is part of the expression: as many as a routed block of 12.5 % capacity can take.
+
+Dense and routed models are trained with the same FLOPs; learning rates, seeds and lines of runs.jsonl as in isoflop.py.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # run as a script, this file's own folder stands there alone
+import mod  # noqa: E402
+from configurator import errors_in_one_line  # noqa: E402
+from experiments import runner  # noqa: E402
+from experiments.variants import VARIANTS  # noqa: E402
+from mod import GPT, GPTConfig, forward_flops  # noqa: E402
+from train import TrainConfig, configure_optimizer, learning_rate_at, seed_of  # noqa: E402
+
+T, LENGTH, LETTERS = 64, 8, 26
+OPERATIONS = np.array([[1, 2, 0], [1, 0, 2], [0, 2, 1]])  # what each makes of 0, 1, 2
+VOCABULARY = LETTERS + 3 + len(OPERATIONS)
+BATCH, HELD_OUT = 32, 1024  # sequences
+BUDGET = 8e12  # training FLOPs
+
+MODELS = {
+    "dense, 6 layers": {"route_every": 0},
+    "dense, 3 layers": {"route_every": 0, "n_layer": 3},  # the MoD model without its routed blocks
+    "MoD": {},
+    "MoD, picks explored": {"variant": "explores"},
+    "stochastic routing": {"selection": "stochastic"},
+    "position-only routing": {"selection": "position"},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    model: str  # a name in MODELS
+    learning_rate: float = 2e-3
+    seed: int = runner.SEEDS[0]
+    budget: float = BUDGET
+
+    @property
+    def name(self):
+        return f"{self.model}, {self.learning_rate:g}, seed {self.seed}"
+
+
+def texts(seed, n):
+    """n texts and their answers (n, T), and where the expressions begin (n,)."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(LETTERS, size=(n, T))
+    y = x.copy()
+    start = rng.integers(T - LENGTH + 1, size=n)
+    row = np.arange(n)
+    value = rng.integers(3, size=n)
+    x[row, start] = y[row, start] = LETTERS + value
+    for i in range(1, LENGTH):
+        operation = rng.integers(len(OPERATIONS), size=n)
+        value = OPERATIONS[operation, value]
+        x[row, start + i] = LETTERS + 3 + operation
+        y[row, start + i] = LETTERS + value
+    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(start)
+
+
+def execute(run, folder):
+    """Train and measure one run; returns its line of runs.jsonl."""
+    torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
+    settings = dict(MODELS[run.model])
+    variant = VARIANTS.get(settings.pop("variant", ""), mod.RoutedBlock)
+    with mock.patch.object(mod, "RoutedBlock", variant):
+        shape = {"n_layer": 6, "n_head": 2, "n_embd": 64, "block_size": T, "vocab_size": VOCABULARY, "bias": False}
+        model = GPT(GPTConfig(**{**shape, **settings}))
+        step_flops = 3 * BATCH * forward_flops(model.config, T)
+        steps = int(run.budget // step_flops)
+        config = TrainConfig(learning_rate=run.learning_rate, min_lr=run.learning_rate / 10, max_iters=steps)
+        config = replace(config, warmup_iters=steps // 20)
+        optimizer = configure_optimizer(model, config)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, config)
+            torch.manual_seed(seed_of(run.seed, step))
+            x, y, _ = texts((run.seed, step), BATCH)
+            _, loss = model(x, y, routing="topk")
+            (loss + config.aux_weight * model.aux_loss).backward()
+            for part in (".predictor.", ""):  # apart, as in train.py
+                parameters = [p for name, p in model.named_parameters() if (".predictor." in name) == bool(part)]
+                torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        row = {"run": asdict(run), "steps": steps, "flops": steps * step_flops}
+        row |= {"parameters": model.num_parameters(), "forward_flops_per_token": forward_flops(model.config, T) / T}
+        model.eval()
+        # Texts that no training step can draw: their seeds are of another length.
+        return row | {"choose": measure(model, 1), "report": measure(model, 2)}
+
+
+@torch.no_grad()
+def measure(model, seed):
+    """Loss and accuracy within the expressions of held-out texts, and what the routed blocks took."""
+    x, y, start = texts((seed,), HELD_OUT)
+    inside = start[:, None] + torch.arange(LENGTH)  # (n, LENGTH)
+    result = {}
+    for routing in ("topk", "causal"):
+        logits, _ = model(x, y, routing=routing)
+        right = (logits.argmax(-1) == y).gather(1, inside).double()
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), y, reduction="none").gather(1, inside)
+        result[f"val_loss_{routing}"] = losses.mean().item()
+        result[f"accuracy_{routing}"] = right.mean().item()
+        result[f"by_operations_{routing}"] = [round(share, 4) for share in right.mean(dim=0).tolist()]
+        taken = [block.taken for block in model.routed_blocks]
+        result[f"taken_{routing}"] = [t.double().mean().item() for t in taken]
+        result[f"expression_taken_{routing}"] = [t.gather(1, inside).double().mean().item() for t in taken]
+    return result
+
+
+def wanted(done):
+    """Each model at the best of its learning rates, with all seeds."""
+    todo = []
+    for name in MODELS:
+        run, missing = runner.search(Run(name), done)
+        todo += missing or runner.seeds(run, done)
+    return todo
+
+
+def main(argv=None):
+    sets = {"all": wanted}
+    args = runner.arguments(__doc__.split(":")[0], sets, "results/known_depth", "out-known-depth").parse_args(argv)
+    with errors_in_one_line("known_depth.py", "try fewer --jobs"):
+        runner.run_all(sets[args.set], Run, execute, args.results, args.folder, args.jobs)
+
+
+if __name__ == "__main__":
+    main()

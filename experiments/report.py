@@ -1,0 +1,254 @@
+"""What isoflop.py's runs say: tables in Markdown, and pictures. It trains nothing."""
+
+import math
+import statistics
+from dataclasses import asdict, dataclass, replace
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws to a file, needs no screen
+import matplotlib.pyplot as plt
+
+from checkpoint import write_whole
+
+LOOKS = {"dense": dict(color="#1f4e79", marker="o", linestyle="-"), "MoD": dict(color="#d1495b", marker="s", ls="--")}
+
+
+@dataclass
+class Model:
+    """The runs of one model at one learning rate, all seeds."""
+
+    run: object  # isoflop.Run, of the first seed
+    rows: list  # lines of runs.jsonl
+
+    @property
+    def kind(self):
+        return "MoD" if self.run.route_every else "dense"
+
+    @property
+    def name(self):
+        return f"{self.run.n_layer} x {self.run.n_embd}"
+
+    def __getitem__(self, name):
+        return self.rows[0][name]
+
+    def losses(self, routing="causal", half="report"):
+        return [row[half][f"val_loss_{routing}"] for row in self.rows]
+
+    def mean(self, routing="causal", half="report"):
+        return statistics.mean(self.losses(routing, half))
+
+    def deviation(self):
+        """Standard deviation over seeds; None for one."""
+        return statistics.stdev(self.losses()) if len(self.rows) > 1 else None
+
+    def loss(self, routing="causal"):
+        mean = f"{self.mean(routing):.4f}"
+        return f"{mean} ± {self.deviation():.4f}" if len(self.rows) > 1 else mean
+
+
+def models_of(done):
+    """All models that were trained to the end: for each its best learning rate, by the half for choosing."""
+    by_rate = {}
+    for run, row in done.items():
+        if row["report"]:
+            by_rate.setdefault(replace(run, seed=1), []).append(row)
+    best = {}
+    for run, rows in by_rate.items():
+        model, key = Model(run, rows), replace(run, learning_rate=0)
+        # More seeds first: they were given only to the rate that was chosen.
+        if key not in best or rank(model) < rank(best[key]):
+            best[key] = model
+    return list(best.values())
+
+
+def rank(model):
+    return -len(model.rows), model.mean(half="choose")
+
+
+def plain(models, budget, kind):
+    """The models of the isoFLOP comparison, smallest first."""
+    chosen = [
+        model
+        for model in models
+        if model.run.budget == budget
+        and model.kind == kind
+        and model.run.route_every in (0, 2)
+        and not model.run.variant
+        and (model.run.capacity, model.run.selection, model.run.causal_method, model.run.block_size)
+        == (0.125, "learned", "predictor", 128)
+    ]
+    return sorted(chosen, key=lambda model: model["parameters"])
+
+
+def best_of(models):
+    """The best model, by the half for choosing; with the most seeds."""
+    return min(models, key=rank)
+
+
+def difference(a, b):
+    """How far the mean loss of a lies above b's, in percent of b's, and the standard error of that (None: one seed)."""
+    percent = 100 * (a.mean() / b.mean() - 1)
+    if len(a.rows) < 2 or len(b.rows) < 2:
+        return percent, None
+    error = math.hypot(*(model.deviation() / math.sqrt(len(model.rows)) for model in (a, b)))
+    return percent, 100 * error / b.mean()
+
+
+def signed(difference):
+    percent, error = difference
+    return f"{percent:+.2f} %" + (f" ± {error:.2f}" if error is not None else "")
+
+
+def budgets_of(models):
+    return sorted({model.run.budget for model in models})
+
+
+def rival_of(model, models):
+    """The dense model that is this MoD model without its routed blocks."""
+    for other in plain(models, model.run.budget, "dense"):
+        if (other.run.n_layer, other.run.n_embd) == (model.run.n_layer // 2, model.run.n_embd):
+            return other
+
+
+def table(models):
+    """The best models of each budget, and the honest rival of the best MoD model."""
+    lines = [
+        "| FLOPs | model | layers x width | parameters | FLOPs/token | steps | rate | causal | top-k | against dense |"
+    ]
+    lines.append("|--:|---|---|--:|--:|--:|--:|--:|--:|--:|")
+    for budget in budgets_of(models):
+        dense, mod = plain(models, budget, "dense"), plain(models, budget, "MoD")
+        if not dense or not mod:
+            continue
+        dense, mod = best_of(dense), best_of(mod)
+        rows = [("best dense", dense), ("best MoD", mod), ("the rival of this MoD", rival_of(mod, models))]
+        for name, model in rows:
+            cells = [
+                f"{budget:.0e}".replace("+", ""),
+                name,
+                model.name,
+                f"{model['parameters']:,}",
+                f"{model['forward_flops_per_token']:,.0f}",
+                f"{model['steps']:,}",
+                f"{model.run.learning_rate:g}",
+                model.loss(),
+                model.loss("topk") if model.run.route_every else "same",
+                "" if model is dense else signed(difference(model, dense)),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ablation_table(models):
+    """One thing changed in the best MoD model of a budget, at the best learning rate for each change."""
+    lines = ["| training FLOPs | changed | FLOPs/token | rate | causal loss | top-k loss | taken | against unchanged |"]
+    lines.append("|--:|---|--:|--:|--:|--:|--:|--:|")
+    for budget in budgets_of(models):
+        base, others = changes(models, budget)
+        for name, model in [(f"nothing: {base.name}", base), *others] if others else []:
+            taken = statistics.mean(statistics.mean(row["report"].get("taken", [1])) for row in model.rows)
+            cells = [
+                f"{budget:.0e}".replace("+", ""),
+                name,
+                f"{model['forward_flops_per_token']:,.0f}",
+                f"{model.run.learning_rate:g}",
+                model.loss(),
+                model.loss("topk") if model.run.route_every else "same",
+                f"{taken:.1%}",
+                "" if model is base else signed(difference(model, base)),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def changes(models, budget):
+    """The best plain MoD model of a budget, and the models that differ from it in one thing, as pairs (name, model)."""
+    chosen = plain(models, budget, "MoD")
+    if not chosen:
+        return None, []
+    base = best_of(chosen)
+    others = []
+    for model in models:
+        if model.run.budget != budget or model.run.n_embd != base.run.n_embd:
+            continue
+        if model.run.block_size != base.run.block_size:
+            kind = "context" if model.run.route_every else "dense rival, context"
+            others.append((f"{kind} {model.run.block_size}", model))
+        elif model.run.n_layer == base.run.n_layer and model.run.route_every:
+            before, now = asdict(base.run), asdict(model.run)
+            name = ", ".join(label(key, now[key]) for key in now if key != "learning_rate" and now[key] != before[key])
+            if name:
+                others.append((name, model))
+    return base, others
+
+
+def label(option, value):
+    names = {"capacity": f"capacity {value:.4g}" if option == "capacity" else "", "variant": value}
+    names["route_every"] = {1: "every block routed", 3: "every third block routed"}.get(value, "")
+    return names.get(option) or f"{option} {value}"
+
+
+# Pictures
+
+
+def draw_curves(models, path):
+    """The isoFLOP curves: loss over parameters and over FLOPs per forward pass, a row for each budget."""
+    budgets = [b for b in budgets_of(models) if plain(models, b, "dense") and plain(models, b, "MoD")]
+    axes_names = {"parameters": "parameters", "forward_flops_per_token": "FLOPs per token of a forward pass"}
+    figure, panels = plt.subplots(
+        len(budgets), 2, figsize=(11, 4.2 * len(budgets)), layout="constrained", squeeze=False, sharey="row"
+    )
+    for row, budget in zip(panels, budgets):
+        for axes, (x, label) in zip(row, axes_names.items()):
+            for kind, look in LOOKS.items():
+                chosen = plain(models, budget, kind)
+                for depth in sorted({model.run.n_layer for model in chosen}):
+                    line = [model for model in chosen if model.run.n_layer == depth]
+                    axes.errorbar(
+                        [model[x] for model in line],
+                        [model.mean() for model in line],
+                        yerr=[model.deviation() or 0 for model in line],
+                        **{**look, "markersize": 5, "linewidth": 0.8, "capsize": 3},
+                        label=kind if depth == chosen[0].run.n_layer else None,
+                    )
+                for model in chosen:
+                    below = kind == "dense"
+                    axes.annotate(
+                        f"{model.run.n_layer}x{model.run.n_embd}",
+                        (model[x], model.mean()),
+                        xytext=(0, -11 if below else 6),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=7,
+                        color=look["color"],
+                    )
+                best = best_of(chosen)
+                axes.plot(best[x], best.mean(), marker="*", markersize=15, color=look["color"], zorder=5)
+            axes.set_xscale("log")
+            axes.set_xlabel(label)
+            axes.grid(alpha=0.3, which="both")
+        dense, mod = (best_of(plain(models, budget, kind)) for kind in ("dense", "MoD"))
+        low = min(model.mean() for kind in LOOKS for model in plain(models, budget, kind))
+        row[0].set_ylim(low - 0.02, low + 0.25)
+        row[0].set_ylabel("held-out loss, causal (nats per character)")
+        row[0].set_title(
+            f"{budget:.0e} training FLOPs: the best MoD (star) {signed(difference(mod, dense))} "
+            f"against the best dense".replace("+", "", 1),
+            fontsize=10,
+            loc="left",
+        )
+        row[0].legend()
+    save(figure, path)
+
+
+def save(figure, path):
+    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=110))
+    plt.close(figure)
+
+
+def write(models, results):
+    """Draw the pictures and write README.md in the folder `results`; returns the text."""
+    draw_curves(models, results / "curves.png")
+    text = table(models)
+    return text

@@ -1,0 +1,171 @@
+"""
+What did the router learn, and what does it cost to go without the future?
+
+    python experiments/routing.py all --results=my-results
+
+Trains one Mixture-of-Depths model with three seeds as isoflop.py does, then looks at the half of the validation split
+on which no choice is made: the loss under top-k and under causal routing, at the length of training and shorter; how
+well top-k is foretold, over the training; which tokens the routed blocks take.
+"""
+
+import functools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # run as a script, this file's own folder stands there alone
+import isoflop  # noqa: E402
+from configurator import errors_in_one_line, pick_device  # noqa: E402
+from experiments import runner  # noqa: E402
+from train import windows  # noqa: E402
+
+MODEL = isoflop.Run(1e13, 6, 96, route_every=2)
+LENGTHS = (16, 32, 64, 128)
+CLASSES = {
+    "start of a word": lambda c, before: c.isalpha() and not before.isalpha(),
+    "within a word": lambda c, before: c.isalpha() and before.isalpha(),
+    "space": lambda c, before: c == " ",
+    "end of line": lambda c, before: c == "\n",
+    "other": lambda c, before: not c.isalpha() and c not in " \n",
+}
+
+
+def wanted(done):
+    return [run for seed in runner.SEEDS if (run := replace(MODEL, seed=seed)) not in done]
+
+
+def execute(run, folder, dataset, device):
+    """Train, then look; returns the run's line of runs.jsonl."""
+    one = isoflop.train_one(run, folder, dataset, device, eval_interval=250, eval_iters=32)
+    model, row, tokens = one["model"], one["row"], one["data"]["val"]
+    tokens = tokens[len(tokens) // 2 :]
+    names = ("step", "predictor_accuracy", "predictor_base_rate", "predictor_recall", "taken")
+    row["training"] = [{name: line[name] for name in names} for line in one["rows"]]
+    row["lengths"] = {T: losses(model, tokens, T, device) for T in LENGTHS}
+    return row | {"learned": look(model, tokens, one["meta"]["vocab"], device)}
+
+
+@torch.no_grad()
+def losses(model, tokens, T, device):
+    """The mean loss over windows of T tokens, top-k and causal."""
+    result = {"topk": 0.0, "causal": 0.0}
+    starts = np.arange(0, len(tokens) - T, T)
+    for part in np.array_split(starts, len(starts) // (8192 // T)):
+        x, y = windows(tokens, part, T, device)
+        for routing in result:
+            result[routing] += model(x, y, routing=routing)[1].item() * len(part) / len(starts)
+    return result
+
+
+@torch.no_grad()
+def look(model, tokens, vocab, device):
+    """Figures about the tokens that each routed block takes in causal routing."""
+    T = model.config.block_size
+    starts = np.arange(0, len(tokens) - T, T)
+    found = {"token": [], "entropy": [], "loss": [], "taken": []}
+    for part in np.array_split(starts, len(starts) // 64):
+        x, y = windows(tokens, part, T, device)
+        log_p = model(x, y, routing="causal")[0].double().log_softmax(-1)
+        found["token"].append(x)
+        found["entropy"].append(-(log_p.exp() * log_p).sum(-1))
+        found["loss"].append(-log_p.gather(-1, y[..., None]).squeeze(-1))
+        found["taken"].append(torch.stack([block.taken for block in model.routed_blocks], dim=-1))
+    token, entropy, loss, taken = (
+        torch.cat(parts).cpu().numpy() for parts in found.values()
+    )  # (N, T), taken (N, T, L)
+    # Without the first token of each window, before which there is nothing.
+    letters = np.array(vocab)[token]
+    kinds = np.full(token.shape, "", dtype=object)
+    for name, is_one in CLASSES.items():
+        test = np.array([[is_one(c, before) for c in vocab] for before in vocab])
+        kinds[:, 1:][test[token[:, :-1], token[:, 1:]]] = name
+    depth = taken.sum(-1)
+    share = taken.mean(axis=(0, 1))
+    independent = [1.0]
+    for p in share:
+        independent = np.convolve(independent, [1 - p, p])
+    position = np.broadcast_to(np.arange(T), token.shape)
+    pair = token * len(vocab) + np.roll(token, 1, axis=1)
+    return {
+        "share": share.tolist(),
+        "by_class": {name: taken[kinds == name].mean(axis=0).tolist() for name in CLASSES},
+        "class_share": {name: (kinds == name).mean() for name in CLASSES},
+        "by_entropy": by_tenth(entropy, taken),
+        "by_loss": by_tenth(loss, taken),
+        "by_position": taken.mean(axis=(0, 2)).round(4).tolist(),
+        # The chance that a token which is taken has the higher entropy of two, one taken and one not; 0.5: no relation.
+        "entropy_ranks_higher": [ranks_higher(entropy, taken[..., i]) for i in range(len(share))],
+        "loss_ranks_higher": [ranks_higher(loss, taken[..., i]) for i in range(len(share))],
+        # The part of the decision that is known with these: 0 none, 1 all.
+        "known_by": {
+            "position": [known_by(position, taken[..., i]) for i in range(len(share))],
+            "character": [known_by(token, taken[..., i]) for i in range(len(share))],
+            "character and the one before": [known_by(pair[:, 1:], taken[:, 1:, i]) for i in range(len(share))],
+        },
+        # Of the distances between two taken tokens: 0 for a comb, about 0.94 for coins of probability 1/8.
+        "gap_variation": [gap_variation(taken[..., i]) for i in range(len(share))],
+        "depth": [(depth == n).mean() for n in range(len(share) + 1)],
+        "depth_if_independent": np.asarray(independent).tolist(),
+        "most_taken": most_taken(letters, taken),
+    }
+
+
+def by_tenth(value, taken):
+    """The share that each routed block takes among the lowest tenth of the values, the next one, ...: (10, L)."""
+    order = value.ravel().argsort(kind="stable")
+    flat = taken.reshape(-1, taken.shape[-1])
+    return [flat[part].mean(axis=0).tolist() for part in np.array_split(order, 10)]
+
+
+def ranks_higher(value, taken):
+    rank = value.ravel().argsort(kind="stable").argsort() + 1.0
+    taken = taken.ravel()
+    n, m = taken.sum(), (~taken).sum()
+    return float((rank[taken].sum() - n * (n + 1) / 2) / (n * m)) if n and m else None
+
+
+def known_by(key, taken):
+    """Mutual information of key and decision, as a part of the decision's entropy."""
+    _, index = np.unique(key, return_inverse=True)
+    total = np.bincount(index.ravel()).astype(float)
+    hit = np.bincount(index.ravel(), weights=taken.ravel())
+    whole = binary_entropy(taken.mean())
+    return float(1 - (total / total.sum() * binary_entropy(hit / total)).sum() / whole) if whole else None
+
+
+def binary_entropy(p):
+    p = np.clip(p, 1e-12, 1 - 1e-12)
+    return -(p * np.log(p) + (1 - p) * np.log(1 - p))
+
+
+def gap_variation(taken):
+    gaps = np.concatenate([np.diff(np.flatnonzero(row)) for row in taken])
+    return float(gaps.std() / gaps.mean()) if len(gaps) else None
+
+
+def most_taken(letters, taken, n=8):
+    """For each routed block the characters of which it takes the largest share, among those that are not rare."""
+    result = []
+    names, index, count = np.unique(letters, return_inverse=True, return_counts=True)
+    for i in range(taken.shape[-1]):
+        share = np.bincount(index.ravel(), weights=taken[..., i].ravel()) / count
+        share[count < count.sum() / 1000] = -1
+        result.append([[str(names[j]), round(float(share[j]), 3)] for j in share.argsort()[::-1][:n]])
+    return result
+
+
+def main(argv=None):
+    sets = {"all": wanted}
+    parser = runner.arguments(__doc__.split("\n\n")[0].strip(), sets, "results/routing", "out-routing")
+    args = parser.parse_args(argv)
+    with errors_in_one_line("routing.py", "try fewer --jobs"):
+        work = functools.partial(execute, dataset="shakespeare_works", device=pick_device("auto"))
+        runner.run_all(sets[args.set], isoflop.Run, work, args.results, args.folder, args.jobs)
+
+
+if __name__ == "__main__":
+    main()

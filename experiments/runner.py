@@ -1,0 +1,131 @@
+"""
+Runs a declared set of training runs, several at once, and keeps what they say.
+
+Each finished run is a line of RESULTS/runs.jsonl. What stands there is not trained again; stopped (Ctrl-C, SIGTERM) and
+started anew, a set goes on inside the runs that were under way, if `execute` can.
+
+A run is a frozen dataclass with learning_rate, seed, budget and name. A set is a function that gets what is done, as
+{run: line}, and returns the runs that are wanted next; it is asked again after each run, so it may depend on results.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import multiprocessing
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from configurator import UserError
+
+SEEDS = (1, 2, 3)  # the first one for all choices
+FACTOR = 2  # between two learning rates
+
+
+def search(run, done):
+    """
+    `run` at its best learning rate, and the runs that are still needed to know it.
+
+    From the rate that it has on, in steps of FACTOR, as long as a neighbour is better, so the best one is no edge.
+    """
+    while True:
+        near = [replace(run, learning_rate=run.learning_rate * factor) for factor in (1 / FACTOR, 1, FACTOR)]
+        missing = [other for other in near if other not in done]
+        best = min(near, key=lambda other: loss_for_choice(other, done))
+        if missing or best == run:
+            return best, missing
+        run = best
+
+
+def seeds(run, done):
+    """The other seeds of `run` that are still missing."""
+    return [again for seed in SEEDS[1:] if (again := replace(run, seed=seed)) not in done]
+
+
+def loss_for_choice(run, done):
+    """The causal loss on the data that is for choosing; a run that diverged has none."""
+    row = done.get(run)
+    return row["choose"]["val_loss_causal"] if row and row["choose"] else math.inf
+
+
+def read(results, run_class):
+    """The lines of runs.jsonl as {run: line}."""
+    path = results / "runs.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    done = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            done[run_class(**row["run"])] = row
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"line {number} of {path} is no run ({error}); delete it, and it is trained again"
+            ) from None
+    return done
+
+
+def run_all(wanted, run_class, execute, results, folder, jobs):
+    """
+    Train what `wanted` asks for until it asks for nothing more; returns {run: line}.
+
+    execute(run, folder) trains one run, in a process of its own, and returns its line; folder is its own, for what it
+    needs on the way.
+    """
+    done = read(results, run_class)
+    if not wanted(done):
+        return done
+    results.mkdir(parents=True, exist_ok=True)
+
+    def ask_to_stop():
+        for process in multiprocessing.active_children():
+            process.terminate()  # train.py saves then
+
+    def stop(*_):
+        ask_to_stop()
+        raise KeyboardInterrupt("Stopped; the same command goes on")
+
+    signal.signal(signal.SIGTERM, stop)  # for us alone; a Ctrl-C reaches our processes too
+    begun = sum(run.budget for run in done)
+    bar = tqdm(unit="FLOP", unit_scale=True, initial=begun, disable=None, dynamic_ncols=True, smoothing=0)
+    running = {}
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            while True:
+                todo = [run for run in wanted(done) if run not in running.values()]
+                for run in todo[: jobs - len(running)]:
+                    running[pool.submit(execute, run, folder / run.name)] = run
+                if not running:
+                    break
+                missing = {*todo, *running.values()}
+                bar.total = sum(run.budget for run in {*missing, *done})
+                bar.set_postfix_str(f"{len(done)} runs done, at least {len(missing)} missing")
+                for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                    row, run = future.result(), running.pop(future)
+                    with open(results / "runs.jsonl", "a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                    done[run] = row
+                    shutil.rmtree(folder / run.name, ignore_errors=True)
+                    bar.update(run.budget)
+                    bar.write(
+                        f"{run.name}: {row['report']['val_loss_causal']:.4f}" if row["report"] else f"{run.name}: -"
+                    )
+        except Exception:
+            ask_to_stop()
+            raise
+    bar.close()
+    return done
+
+
+def arguments(description, sets, results, folder):
+    """A parser for what all experiments take."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("set", choices=sets, help="what to run")
+    parser.add_argument("--results", type=Path, default=Path(results), help="folder of runs.jsonl (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path(folder), help="for runs under way (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=torch.get_num_threads(), help="runs at once (%(default)s)")
+    return parser
