@@ -125,7 +125,7 @@ def table(models):
         rows = [("best dense", dense), ("best MoD", mod), ("the rival of this MoD", rival_of(mod, models))]
         for name, model in rows:
             cells = [
-                f"{budget:.0e}".replace("+", ""),
+                short(budget),
                 name,
                 model.name,
                 f"{model['parameters']:,}",
@@ -149,7 +149,7 @@ def ablation_table(models):
         for name, model in [(f"nothing: {base.name}", base), *others] if others else []:
             taken = statistics.mean(statistics.mean(row["report"].get("taken", [1])) for row in model.rows)
             cells = [
-                f"{budget:.0e}".replace("+", ""),
+                short(budget),
                 name,
                 f"{model['forward_flops_per_token']:,.0f}",
                 f"{model.run.learning_rate:g}",
@@ -233,8 +233,7 @@ def draw_curves(models, path):
         row[0].set_ylim(low - 0.02, low + 0.25)
         row[0].set_ylabel("held-out loss, causal (nats per character)")
         row[0].set_title(
-            f"{budget:.0e} training FLOPs: the best MoD (star) {signed(difference(mod, dense))} "
-            f"against the best dense".replace("+", "", 1),
+            f"{short(budget)} training FLOPs: best MoD (star) {signed(difference(mod, dense))} against best dense",
             fontsize=10,
             loc="left",
         )
@@ -247,8 +246,165 @@ def save(figure, path):
     plt.close(figure)
 
 
+def draw_changes(models, path):
+    """What one change in the best MoD model does, a row for each budget at which it was tried."""
+    budgets = [budget for budget in budgets_of(models) if changes(models, budget)[1]]
+    figure, panels = plt.subplots(
+        len(budgets), 1, figsize=(8, 0.8 + 4.5 * len(budgets)), layout="constrained", squeeze=False
+    )
+    for axes, budget in zip(panels[:, 0], budgets):
+        base, others = changes(models, budget)
+        others = [(name, model) for name, model in others if "context" not in name]  # another length, another loss
+        others.sort(key=lambda pair: pair[1].mean(), reverse=True)
+        for y, (_, model) in enumerate(others):
+            axes.plot(model.losses(), [y] * len(model.rows), "o", color="#1f4e79", alpha=0.5, markersize=4)
+            axes.plot(model.mean(), y, "|", color="#1f4e79", markersize=14)
+        axes.axvline(base.mean(), color="#d1495b", label=f"unchanged: MoD {base.name}, 12.5 %, every other block")
+        axes.axvspan(min(base.losses()), max(base.losses()), color="#d1495b", alpha=0.15)
+        axes.set_yticks(range(len(others)), [name for name, _ in others])
+        axes.set_xlabel("held-out loss, causal (nats per character); a dot for each seed")
+        axes.set_title(f"{short(budget)} training FLOPs: one thing changed", loc="left", fontsize=10)
+        axes.grid(alpha=0.3, axis="x")
+        axes.legend(loc="upper right")
+    save(figure, path)
+
+
+# The paper's claims
+
+
+def claims(models, routing):
+    """The paper's claims 1 to 7 beside what was measured; routing: lines of experiments/routing.py."""
+    budgets = [b for b in budgets_of(models) if plain(models, b, "dense") and plain(models, b, "MoD")]
+    pairs = {b: [best_of(plain(models, b, kind)) for kind in ("dense", "MoD")] for b in budgets}
+    rows = [
+        (
+            "1. The best MoD at equal training FLOPs is at or below the best dense GPT",
+            "up to 1.5 % lower",
+            *claim_1(pairs),
+        ),
+        ("2. The best MoD has more parameters than the best dense GPT", "more", *claim_2(pairs)),
+        (
+            "3. A MoD with fewer FLOPs per forward pass has the best dense loss",
+            "up to 50 % fewer",
+            *claim_3(models, pairs),
+        ),
+        (
+            "4. A MoD of the best dense GPT's size is as good and faster to train",
+            "60 % faster",
+            *claim_4(models, pairs),
+        ),
+        ("5. 12.5 % in every other block is best; stochastic routing fails", "it is; it does", *claim_5(models)),
+        ("6. Going without the future costs next to nothing", "97-99 % foretold", *claim_6(pairs, routing)),
+        ("7. Routing is structured, and follows the entropy of the prediction", "pictures", *claim_7(routing)),
+    ]
+    lines = ["| claim | paper | here | verdict | by |", "|---|---|---|---|---|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+ISOFLOP, ROUTING = "`isoflop.py full`", "`experiments/routing.py all`"
+
+
+def claim_1(pairs):
+    differences = {b: difference(mod, dense) for b, (dense, mod) in pairs.items()}
+    here = "; ".join(f"{short(b)}: {signed(d)}" for b, d in differences.items())
+    percent, error = list(differences.values())[-1]
+    verdict = (
+        "not reproduced" if percent > 2 * error else "reproduced" if percent < -2 * error else "no difference seen"
+    )
+    return f"{here} (n = 3)", f"{verdict} at {short(list(pairs)[-1])} FLOPs", ISOFLOP
+
+
+def claim_2(pairs):
+    here = [f"{short(b)}: {mod['parameters']:,} against {dense['parameters']:,}" for b, (dense, mod) in pairs.items()]
+    larger = [mod["parameters"] > dense["parameters"] for dense, mod in pairs.values()]
+    verdict = "reproduced" if all(larger) else f"at {sum(larger)} of {len(larger)} budgets"
+    return "; ".join(here), verdict, ISOFLOP
+
+
+def claim_3(models, pairs):
+    """The best MoD model that has fewer FLOPs per forward pass than the best dense one."""
+    here, reached = [], []
+    for b, (dense, _) in pairs.items():
+        cheaper = [
+            model
+            for model in plain(models, b, "MoD")
+            if model["forward_flops_per_token"] < dense["forward_flops_per_token"]
+        ]
+        if not cheaper:
+            here.append(f"{short(b)}: none is cheaper")
+            reached.append(False)
+            continue
+        best = best_of(cheaper)
+        percent, error = difference(best, dense)
+        share = best["forward_flops_per_token"] / dense["forward_flops_per_token"]
+        here.append(f"{short(b)}: {best.name} at {share:.0%} of the FLOPs, {signed((percent, error))}")
+        reached.append(percent <= 2 * (error or 0))
+    return "; ".join(here), "reproduced" if reached[-1] else "not reproduced", ISOFLOP
+
+
+def claim_4(models, pairs):
+    """The MoD model whose number of parameters is nearest to the best dense one's."""
+    here, reached = [], []
+    for b, (dense, _) in pairs.items():
+        near = min(plain(models, b, "MoD"), key=lambda m: abs(math.log(m["parameters"] / dense["parameters"])))
+        percent, error = difference(near, dense)
+        share = near["forward_flops_per_token"] / dense["forward_flops_per_token"]
+        here.append(
+            f"{short(b)}: {near.name} with {near['parameters'] / dense['parameters']:.2f} of the parameters and "
+            f"{share:.2f} of the FLOPs, {signed((percent, error))}"
+        )
+        reached.append(percent <= 2 * (error or 0) and share < 1)
+    return "; ".join(here), "reproduced" if reached[-1] else "not reproduced", ISOFLOP
+
+
+def claim_5(models):
+    tried = [b for b in budgets_of(models) if changes(models, b)[1]]
+    if not tried:
+        return "not run yet", "open", ISOFLOP
+    base, others = changes(models, tried[-1])
+    others = {name: difference(model, base) for name, model in others}
+    asked = ["capacity 0.0625", "capacity 0.25", "capacity 0.5", "every block routed", "selection stochastic"]
+    here = "; ".join(f"{name.replace('selection ', '')} {signed(others[name])}" for name in asked if name in others)
+    worse = [others[name][0] > 2 * (others[name][1] or 0) for name in asked if name in others]
+    verdict = "reproduced" if all(worse) else "partly" if any(worse) else "not reproduced"
+    return f"{short(tried[-1])}: {here}", verdict, ISOFLOP
+
+
+def claim_6(pairs, routing):
+    here = []
+    for b, (_, mod) in pairs.items():
+        costs = [100 * (c / t - 1) for c, t in zip(mod.losses(), mod.losses("topk"))]
+        here.append(f"{short(b)}: {statistics.mean(costs):+.2f} % ± {statistics.stdev(costs):.2f} (n = {len(costs)})")
+    right = [row["report"]["predictor_accuracy"] for _, mod in pairs.values() for row in mod.rows]
+    here.append(f"foretold {min(right):.1%} to {max(right):.1%} (base rate 87.5 %)")
+    verdict = "reproduced" if abs(statistics.mean(costs)) < 0.3 and min(right) > 0.95 else "partly"
+    return "; ".join(here), verdict, ISOFLOP
+
+
+def claim_7(routing):
+    if not routing:
+        return "not run yet", "open", ROUTING
+    learned = [row["learned"] for row in routing]
+    character = [x for one in learned for x in one["known_by"]["character"]]
+    position = [x for one in learned for x in one["known_by"]["position"]]
+    ranks = [x for one in learned for x in one["entropy_ranks_higher"]]
+    here = (
+        f"the character alone tells {min(character):.0%} to {max(character):.0%} of a decision, the position at most "
+        f"{max(position):.0%}; of two tokens the one with the higher entropy is the one taken in "
+        f"{min(ranks):.0%} to {max(ranks):.0%} of the pairs, depending on the block ({len(ranks)} blocks)"
+    )
+    return here, "partly" if min(ranks) < 0.5 < max(ranks) else "reproduced", ROUTING
+
+
+def short(budget):
+    return f"{budget:.0e}".replace("+", "")
+
+
 def write(models, results):
-    """Draw the pictures and write README.md in the folder `results`; returns the text."""
+    """Draw the pictures into the folder `results`; returns the tables."""
     draw_curves(models, results / "curves.png")
-    text = table(models)
-    return text
+    parts = [table(models)]
+    if any(changes(models, budget)[1] for budget in budgets_of(models)):
+        draw_changes(models, results / "changes.png")
+        parts.append(ablation_table(models))
+    return "\n\n".join(parts)

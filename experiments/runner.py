@@ -89,7 +89,7 @@ def run_all(wanted, run_class, execute, results, folder, jobs):
         ask_to_stop()
         raise KeyboardInterrupt("Stopped; the same command goes on")
 
-    signal.signal(signal.SIGTERM, stop)  # for us alone; a Ctrl-C reaches our processes too
+    before = signal.signal(signal.SIGTERM, stop)  # for us alone; a Ctrl-C reaches our processes too
     begun = sum(run.budget for run in done)
     bar = tqdm(unit="FLOP", unit_scale=True, initial=begun, disable=None, dynamic_ncols=True, smoothing=0)
     running = {}
@@ -117,7 +117,9 @@ def run_all(wanted, run_class, execute, results, folder, jobs):
         except Exception:
             ask_to_stop()
             raise
-    bar.close()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            bar.close()
     return done
 
 

@@ -1,0 +1,303 @@
+"""The experiments: what is run next, what is measured, and that the README says what the results say."""
+
+import json
+import math
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import isoflop
+import mod
+from experiments import known_depth, routing, runner
+from experiments.variants import VARIANTS
+from mod import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent
+
+
+# The runner
+
+
+@dataclass(frozen=True)
+class FakeRun:
+    name: str
+    learning_rate: float = 4.0
+    seed: int = 1
+    budget: float = 1.0
+
+
+def line(run, loss):
+    return {"run": run.__dict__, "choose": None if loss is None else {"val_loss_causal": loss}, "report": None}
+
+
+@pytest.mark.parametrize("best", [0.5, 4.0, 64.0])
+def test_the_search_goes_on_until_the_best_rate_has_worse_ones_on_both_sides(best):
+    done = {}
+    while (found := runner.search(FakeRun("a"), done))[1]:
+        for run in found[1]:
+            assert run not in done
+            done[run] = line(run, abs(math.log(run.learning_rate / best)))
+    assert found[0].learning_rate == best
+    assert {best / 2, best, best * 2} <= {run.learning_rate for run in done}
+
+
+def test_the_search_takes_a_run_that_diverged_for_the_worst():
+    done = {}
+    while (found := runner.search(FakeRun("a"), done))[1]:
+        for run in found[1]:
+            done[run] = line(run, None if run.learning_rate > 1 else abs(math.log(run.learning_rate / 0.5)))
+    assert found[0].learning_rate == 0.5
+
+
+def execute_fake(run, folder):
+    if run.name == "fails":
+        raise ValueError("this run fails")
+    return {"run": run.__dict__, "choose": None, "report": {"val_loss_causal": run.seed / 10}}
+
+
+def test_what_is_done_is_not_run_again_and_a_deleted_line_is(tmp_path):
+    runs = [FakeRun("a", seed=seed) for seed in (1, 2, 3)]
+    path = tmp_path / "runs.jsonl"
+
+    def wanted(done):
+        return [run for run in runs if run not in done]
+
+    def again():
+        return runner.run_all(wanted, FakeRun, execute_fake, tmp_path, tmp_path / "out", jobs=2)
+
+    assert set(again()) == set(runs)
+    whole = path.read_bytes()
+    assert set(again()) == set(runs) and path.read_bytes() == whole
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[1:]))
+    assert set(again()) == set(runs) and sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_what_is_finished_is_kept_when_another_run_fails(tmp_path):
+    runs = [FakeRun("a"), FakeRun("fails")]
+    with pytest.raises(ValueError, match="this run fails"):
+        runner.run_all(
+            lambda done: [run for run in runs if run not in done], FakeRun, execute_fake, tmp_path, tmp_path, jobs=1
+        )
+    assert list(runner.read(tmp_path, FakeRun)) == [FakeRun("a")]
+
+
+def test_a_line_that_is_no_run_is_named(tmp_path):
+    (tmp_path / "runs.jsonl").write_text('{"run": {"name": "a"}}\n{"run": {"nam', encoding="utf-8")
+    with pytest.raises(runner.UserError, match="line 2 of .*runs.jsonl is no run"):
+        runner.read(tmp_path, FakeRun)
+
+
+# The sets
+
+
+def finish(wanted, loss):
+    """Do all that a set wants, with made-up losses; returns what was done, in order."""
+    done = {}
+    while todo := wanted(done):
+        assert len(set(todo)) == len(todo) and not set(todo) & set(done)
+        run = todo[0]
+        half = {"val_loss_causal": loss(run)}
+        done[run] = {"choose": half, "report": half}
+    return done
+
+
+def test_a_comparison_gives_seeds_to_the_three_best_of_each_kind_and_to_the_rival_of_the_best_mod():
+    rng = random.Random(0)
+    quality = {}
+
+    def loss(run):
+        size = (run.n_layer, run.n_embd, run.route_every)
+        if run.route_every == 2 and (run.n_layer, run.n_embd) == (6, 64):
+            quality[size] = -1.0  # the best MoD; its rival is among the worst of the dense models
+        if not run.route_every and (run.n_layer, run.n_embd) == (3, 64):
+            quality[size] = 10.0
+        return quality.setdefault(size, rng.random()) + abs(math.log(run.learning_rate / 0.01)) + 0.001 * run.seed
+
+    sizes = isoflop.SIZES[3e12]
+    done = finish(lambda done: isoflop.compared(3e12, sizes, done), loss)
+    for route_every in (0, 2):
+        of_kind = [run for run in done if run.route_every == route_every]
+        assert {(run.n_layer // (2 if route_every else 1), run.n_embd) for run in of_kind} == set(sizes)
+        repeated = {(run.n_layer, run.n_embd) for run in of_kind if run.seed > 1}
+        order = sorted({(run.n_layer, run.n_embd) for run in of_kind}, key=lambda size: quality[(*size, route_every)])
+        assert repeated == {*order[:3], *([] if route_every else [(3, 64)])}
+        for size in repeated:
+            seeds = [run for run in of_kind if (run.n_layer, run.n_embd) == size and run.learning_rate == 0.01]
+            assert {run.seed for run in seeds} == set(runner.SEEDS)
+    assert isoflop.best(3e12, 2, done) == isoflop.Run(3e12, 6, 64, 2, 0.01)
+
+
+def test_the_ablations_change_one_thing_each_at_a_rate_of_their_own():
+    def loss(run):
+        return run.n_embd / 1000 + abs(math.log(run.learning_rate / 0.0025)) + 0.001 * run.seed
+
+    done = finish(lambda done: isoflop.ablations(1e13, isoflop.SIZES[1e13], done), loss)
+    base = isoflop.best(1e13, 2, done)
+    for other in isoflop.changed(base):
+        different = {name for name in vars(base) if getattr(other, name) != getattr(base, name)}
+        assert len(different) == 1 or different == {"block_size", "route_every", "n_layer"}
+        assert all(replace(other, learning_rate=0.0025, seed=seed) in done for seed in runner.SEEDS)
+
+
+def test_all_runs_of_a_budget_cost_the_same_and_name_different_folders():
+    done = finish(isoflop.full, lambda run: abs(math.log(run.learning_rate / 0.005)))
+    assert len({run.name for run in done}) == len(done)
+    for run in done:
+        config = isoflop.options(run, 84, "none", Path("none"), "cpu")
+        flops = (
+            3 * config.batch_size * mod.forward_flops(isoflop.model_config(config, {"vocab_size": 84}), run.block_size)
+        )
+        assert config.batch_size * config.block_size == isoflop.TOKENS_PER_STEP
+        steps = isoflop.number_of_steps(config, flops)
+        assert 0.99 * run.budget < steps * flops <= run.budget
+
+
+# One run
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """The second half of the validation split is of another kind than all the rest, so that it can be told."""
+    import dataset
+
+    rng = np.random.default_rng(0)
+    even, any_letter = rng.integers(4, size=9000) * 2, rng.integers(8, size=1000)
+    meta = {
+        "tokenizer": "char",
+        "vocab": list("abcdefgh"),
+        "vocab_size": 8,
+        "source": "a test",
+        "text_sha256": "0" * 64,
+    }
+    val = np.concatenate([even[8000:], any_letter])
+    dataset.write(tmp_path / "data", {"train": even[:8000], "val": val}, meta)
+    return str(tmp_path / "data")
+
+
+def test_a_run_reports_the_half_on_which_nothing_is_chosen_and_is_the_same_when_made_again(tmp_path, dataset):
+    run = isoflop.Run(2e9, 2, 32, 2, learning_rate=1e-2)
+    first, second = (isoflop.execute(run, tmp_path / name, dataset, "cpu") for name in ("a", "b"))
+    assert first["choose"]["val_loss_causal"] < 1.6 < 2.1 < first["report"]["val_loss_causal"]
+    assert first["flops"] <= run.budget and first["steps"] > 10
+    for row in (first, second):
+        row.pop("train_seconds")
+    assert first == second
+    json.dumps(first)
+
+
+def test_a_run_that_diverges_is_a_line_without_losses(tmp_path, dataset):
+    row = isoflop.execute(isoflop.Run(2e9, 2, 32, 2, learning_rate=1e18), tmp_path / "a", dataset, "cpu")
+    assert row["choose"] is None and row["report"] is None
+
+
+# The models that differ in code
+
+
+@pytest.mark.parametrize("name, gate", [("no gate", lambda r: 1.0), ("sigmoid gate", torch.sigmoid)])
+@pytest.mark.parametrize("mode", ["topk", "causal"])
+def test_another_gate_changes_the_weight_of_the_update_and_nothing_else(name, gate, mode):
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=32, vocab_size=8, n_layer=2, n_head=2, n_embd=16, capacity=0.25)
+    block = VARIANTS[name](config, layer=1).double().eval()
+    x = torch.randn(3, 32, 16, dtype=torch.float64)
+    y = block(x, mode)
+    for b in range(3):
+        taken = block.taken[b].nonzero().flatten().tolist()
+        expected = x[b].clone()
+        if taken:
+            update = block.update(x[b : b + 1, taken])[0]
+            for j, t in enumerate(taken):
+                expected[t] = x[b, t] + gate(block.router(x[b, t])) * update[j]
+        torch.testing.assert_close(y[b], expected, rtol=0, atol=1e-10)
+
+
+def test_the_explorer_picks_almost_at_random_at_first_and_like_mod_at_the_end():
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=64, vocab_size=8, n_layer=2, n_head=2, n_embd=16)
+    block, plain = (kind(config, layer=1) for kind in (VARIANTS["explores"], mod.RoutedBlock))
+    plain.load_state_dict(block.state_dict(), strict=False)
+    x = torch.randn(16, 64, 16)
+    plain(x)
+
+    def agreement():
+        block(x)
+        return (block.taken & plain.taken).sum() / plain.taken.sum()
+
+    block.train()
+    assert agreement() < 0.6
+    block.eval()
+    assert agreement() == 1 and block.passes == 1
+    block.train()
+    block.passes += 10_000
+    assert agreement() == 1
+
+
+# Known depth
+
+
+def test_the_answers_of_the_known_task_follow_from_its_definition():
+    x, y, start = known_depth.texts((1, 2), 50)
+    for letters, answers, begin in zip(x.tolist(), y.tolist(), start.tolist()):
+        for t, letter in enumerate(letters):
+            if not begin <= t < begin + 8:
+                assert letter < 26 and answers[t] == letter
+            elif t == begin:
+                value = letter - 26
+                assert 0 <= value < 3 and answers[t] == letter
+            else:
+                value = {29: [1, 2, 0], 30: [1, 0, 2], 31: [0, 2, 1]}[letter][value]
+                assert answers[t] == 26 + value
+    again, _, _ = known_depth.texts((1, 2), 50)
+    other, _, _ = known_depth.texts((1, 3), 50)
+    assert torch.equal(x, again) and not torch.equal(x, other)
+
+
+def test_the_known_tasks_measurements_see_a_model_that_knows_it_all():
+    class Knows(GPT):
+        def forward(self, idx, targets=None, routing="topk"):
+            super().forward(idx, targets, routing)
+            for block in self.routed_blocks:  # exactly the expressions
+                block.taken = idx >= 26
+            return torch.nn.functional.one_hot(targets, known_depth.VOCABULARY) * 100.0, None
+
+    model = Knows(GPTConfig(block_size=64, vocab_size=known_depth.VOCABULARY, n_layer=4, n_head=2, n_embd=16))
+    found = known_depth.measure(model, 1)
+    assert found["accuracy_causal"] == 1 and found["by_operations_topk"] == [1.0] * 8
+    assert found["expression_taken_causal"] == [1.0, 1.0] and found["taken_topk"] == [0.125, 0.125]
+    assert found["val_loss_causal"] < 1e-6
+
+
+# What the router learned
+
+
+def test_what_is_known_of_a_decision_is_all_or_nothing_at_the_ends():
+    rng = np.random.default_rng(0)
+    key = rng.integers(10, size=(100, 200))
+    assert routing.known_by(key, key < 3) == pytest.approx(1)
+    assert routing.known_by(key, rng.random(key.shape) < 0.1) < 0.01
+
+
+def test_ranks_higher_is_the_share_of_the_pairs():
+    rng = np.random.default_rng(0)
+    value, taken = rng.random((4, 20)), rng.random((4, 20)) < 0.3
+    pairs = [a > b for a in value[taken] for b in value[~taken]]
+    assert routing.ranks_higher(value, taken) == pytest.approx(np.mean(pairs))
+
+
+def test_gaps_of_a_comb_do_not_vary_and_those_of_coins_do():
+    comb = np.zeros((3, 800), dtype=bool)
+    comb[:, 7::8] = True
+    assert routing.gap_variation(comb) == 0
+    coins = np.random.default_rng(0).random((30, 800)) < 1 / 8
+    assert routing.gap_variation(coins) == pytest.approx(math.sqrt(7 / 8), abs=0.05)
+
+
+def test_the_tenths_are_of_the_lowest_values_first():
+    value = np.arange(100.0).reshape(2, 50)
+    taken = (value >= 90)[..., None]
+    assert routing.by_tenth(value, taken) == [[0.0]] * 9 + [[1.0]]
