@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest import mock
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -27,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # run as a script, this file's own folder stands there alone
 import mod  # noqa: E402
 from configurator import errors_in_one_line  # noqa: E402
-from experiments import runner  # noqa: E402
+from experiments import report, runner  # noqa: E402
 from experiments.variants import VARIANTS  # noqa: E402
 from mod import GPT, GPTConfig, forward_flops  # noqa: E402
 from train import TrainConfig, configure_optimizer, learning_rate_at, seed_of  # noqa: E402
@@ -36,6 +37,7 @@ T, LENGTH, LETTERS = 64, 8, 26
 OPERATIONS = np.array([[1, 2, 0], [1, 0, 2], [0, 2, 1]])  # what each makes of 0, 1, 2
 VOCABULARY = LETTERS + 3 + len(OPERATIONS)
 BATCH, HELD_OUT = 32, 1024  # sequences
+AROUND = (-8, 2 * LENGTH)
 BUDGET = 8e12  # training FLOPs
 
 MODELS = {
@@ -126,7 +128,16 @@ def measure(model, seed):
         taken = [block.taken for block in model.routed_blocks]
         result[f"taken_{routing}"] = [t.double().mean().item() for t in taken]
         result[f"expression_taken_{routing}"] = [t.gather(1, inside).double().mean().item() for t in taken]
+        result[f"taken_around_{routing}"] = [around(t, start) for t in taken]
     return result
+
+
+def around(taken, start):
+    """The share taken at each place from AROUND[0] to AROUND[1], counted from where the expression begins."""
+    places = start[:, None] + torch.arange(*AROUND)  # (n, places)
+    there = (places >= 0) & (places < T)
+    hit = taken.gather(1, places.clamp(0, T - 1)) & there
+    return [round(share, 4) for share in (hit.sum(dim=0) / there.sum(dim=0)).tolist()]
 
 
 def wanted(done):
@@ -138,11 +149,69 @@ def wanted(done):
     return todo
 
 
+def table(models):
+    lines = ["| model | FLOPs/token | steps | rate | accuracy | with top-k | expression tokens taken, block by block |"]
+    lines.append("|---|--:|--:|--:|--:|--:|---|")
+    for model in models:
+        taken = [[f"{share:.0%}" for share in row["report"]["expression_taken_causal"]] for row in model.rows]
+        cells = [
+            model.run.model,
+            f"{model['forward_flops_per_token']:,.0f}",
+            f"{model['steps']:,}",
+            f"{model.run.learning_rate:g}",
+            report.spread([row["report"]["accuracy_causal"] for row in model.rows], "{:.3f}"),
+            report.spread([row["report"]["accuracy_topk"] for row in model.rows], "{:.3f}"),
+            "; ".join(" ".join(one) for one in taken),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(models, path):
+    """Accuracy by the number of operations, and what the routed blocks take in and around the expressions."""
+    shown = [model for model in models if model.run.model in ("MoD", "MoD, picks explored")]
+    figure, panels = plt.subplots(1, 1 + len(shown), figsize=(6 + 4 * len(shown), 4.2), layout="constrained")
+    looks = zip(
+        ("o-", "s--", "^-", "v:", "D-.", "x:"), ("#1f4e79", "#7a7a7a", "#d1495b", "#e39b00", "#4b7f52", "#8d6fae")
+    )
+    for model, (style, color) in zip(models, looks):
+        curve = np.mean([row["report"]["by_operations_causal"] for row in model.rows], axis=0)
+        panels[0].plot(curve, style, color=color, label=model.run.model, markersize=5)
+    panels[0].axhline(1 / 3, color="black", linewidth=0.8, linestyle=":")
+    panels[0].text(0, 1 / 3, "chance", va="bottom", fontsize=8)
+    panels[0].set_xlabel("operations before the answer")
+    panels[0].set_ylabel("share of right answers, causal")
+    panels[0].set_title(f"At {report.short(BUDGET)} training FLOPs (mean of 3 seeds)", loc="left", fontsize=10)
+    panels[0].legend(fontsize=8)
+    for axes, model in zip(panels[1:], shown):
+        for row in model.rows:
+            for i, share in enumerate(row["report"]["taken_around_causal"]):
+                axes.plot(
+                    range(*AROUND),
+                    share,
+                    ("-", "--", ":")[i % 3],
+                    color=f"C{i}",
+                    alpha=0.8,
+                    label=f"routed block {i + 1}" if row is model.rows[0] else None,
+                )
+        axes.axvspan(-0.5, LENGTH - 0.5, color="black", alpha=0.08)
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_xlabel("place, counted from the start of the expression (grey)")
+        axes.set_ylabel("share of the tokens taken, causal")
+        mean = np.mean([row["report"]["expression_taken_causal"] for row in model.rows])
+        axes.set_title(f"{model.run.model}: {mean:.0%} of the expression taken", loc="left", fontsize=10)
+        axes.legend(fontsize=8)
+    report.save(figure, path)
+
+
 def main(argv=None):
     sets = {"all": wanted}
     args = runner.arguments(__doc__.split(":")[0], sets, "results/known_depth", "out-known-depth").parse_args(argv)
     with errors_in_one_line("known_depth.py", "try fewer --jobs"):
-        runner.run_all(sets[args.set], Run, execute, args.results, args.folder, args.jobs)
+        done = runner.run_all(sets[args.set], Run, execute, args.results, args.folder, args.jobs)
+        models = sorted(report.models_of(done), key=lambda model: list(MODELS).index(model.run.model))
+        draw(models, args.results / "known_depth.png")
+        print(table(models))
 
 
 if __name__ == "__main__":

@@ -43,8 +43,13 @@ class Model:
         return statistics.stdev(self.losses()) if len(self.rows) > 1 else None
 
     def loss(self, routing="causal"):
-        mean = f"{self.mean(routing):.4f}"
-        return f"{mean} ± {self.deviation():.4f}" if len(self.rows) > 1 else mean
+        return spread(self.losses(routing))
+
+
+def spread(values, form="{:.4f}"):
+    """Mean ± standard deviation."""
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def models_of(done):

@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -20,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # run as a script, this file's own folder stands there alone
 import isoflop  # noqa: E402
 from configurator import errors_in_one_line, pick_device  # noqa: E402
-from experiments import runner  # noqa: E402
+from experiments import report, runner  # noqa: E402
 from train import windows  # noqa: E402
 
 MODEL = isoflop.Run(1e13, 6, 96, route_every=2)
@@ -158,13 +159,64 @@ def most_taken(letters, taken, n=8):
     return result
 
 
+def draw(rows, path):
+    """Four views of what the routed blocks take: kind of character, entropy, position; and how well it is foretold."""
+    figure, ((classes, entropy), (position, training)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    first = rows[0]["learned"]
+    blocks = range(len(first["share"]))
+    for i in blocks:
+        color, style = f"C{i}", ("-", "--", ":")[i % 3]
+        x = np.arange(len(CLASSES)) + 0.25 * (i - 1)
+        shares = np.array([[row["learned"]["by_class"][name][i] for name in CLASSES] for row in rows])
+        label = f"routed block {i + 1}"
+        classes.bar(x, shares.mean(axis=0), 0.25, color=color, alpha=0.6, hatch=("", "//", "..")[i % 3], label=label)
+        for one in shares:
+            classes.plot(x, one, "k.", markersize=3)
+        for row in rows:
+            tenths = np.array(row["learned"]["by_entropy"])[:, i]
+            entropy.plot(np.arange(5, 100, 10), tenths, style, color=color, label=label if row is rows[0] else None)
+    for axes in (classes, entropy):
+        axes.axhline(0.125, color="black", linewidth=0.8)
+        axes.set_ylabel("share of the tokens taken, causal")
+        axes.legend(fontsize=8)
+    classes.set_xticks(range(len(CLASSES)), list(CLASSES), fontsize=8)
+    known = [value for row in rows for value in row["learned"]["known_by"]["character"]]
+    classes.set_title(
+        f"The character alone tells {min(known):.0%} to {max(known):.0%} of a decision", loc="left", fontsize=10
+    )
+    entropy.set_xlabel("entropy of the prediction there, percentile")
+    ranks = [value for row in rows for value in row["learned"]["entropy_ranks_higher"]]
+    high = sum(rank > 0.5 for rank in ranks)
+    title = f"{high} of {len(ranks)} blocks prefer uncertain places, {len(ranks) - high} certain ones"
+    entropy.set_title(title, loc="left", fontsize=10)
+    for row in rows:
+        position.plot(row["learned"]["by_position"], linewidth=0.8)
+        steps = [line["step"] for line in row["training"]]
+        training.plot(steps, [line["predictor_accuracy"] for line in row["training"]])
+    position.set_ylim(0, 0.3)
+    position.set_xlabel("position in the window")
+    position.set_ylabel("share taken, all routed blocks")
+    position.set_title("No preference for a position (a line for each seed)", loc="left", fontsize=10)
+    training.axhline(0.875, color="black", linewidth=0.8)
+    training.text(0, 0.878, "base rate: never take", fontsize=8)
+    training.set_ylim(0.8, 1)
+    training.set_xlabel("training step")
+    training.set_ylabel("decisions foretold rightly")
+    last = [row["training"][-1]["predictor_accuracy"] for row in rows]
+    training.set_title(f"The predictor ends at {min(last):.1%} to {max(last):.1%}", loc="left", fontsize=10)
+    for axes in (classes, entropy, position, training):
+        axes.grid(alpha=0.3)
+    report.save(figure, path)
+
+
 def main(argv=None):
     sets = {"all": wanted}
     parser = runner.arguments(__doc__.split("\n\n")[0].strip(), sets, "results/routing", "out-routing")
     args = parser.parse_args(argv)
     with errors_in_one_line("routing.py", "try fewer --jobs"):
         work = functools.partial(execute, dataset="shakespeare_works", device=pick_device("auto"))
-        runner.run_all(sets[args.set], isoflop.Run, work, args.results, args.folder, args.jobs)
+        done = runner.run_all(sets[args.set], isoflop.Run, work, args.results, args.folder, args.jobs)
+        draw(list(done.values()), args.results / "routing.png")
 
 
 if __name__ == "__main__":
