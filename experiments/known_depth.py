@@ -149,6 +149,11 @@ def wanted(done):
     return todo
 
 
+def ordered(done):
+    """Each model at its best learning rate, in the order of MODELS."""
+    return sorted(report.models_of(done), key=lambda model: list(MODELS).index(model.run.model))
+
+
 def table(models):
     lines = ["| model | FLOPs/token | steps | rate | accuracy | with top-k | expression tokens taken, block by block |"]
     lines.append("|---|--:|--:|--:|--:|--:|---|")
@@ -209,7 +214,7 @@ def main(argv=None):
     args = runner.arguments(__doc__.split(":")[0], sets, "results/known_depth", "out-known-depth").parse_args(argv)
     with errors_in_one_line("known_depth.py", "try fewer --jobs"):
         done = runner.run_all(sets[args.set], Run, execute, args.results, args.folder, args.jobs)
-        models = sorted(report.models_of(done), key=lambda model: list(MODELS).index(model.run.model))
+        models = ordered(done)
         draw(models, args.results / "known_depth.png")
         print(table(models))
 

@@ -46,7 +46,7 @@ def execute(run, folder, dataset, device):
     tokens = tokens[len(tokens) // 2 :]
     names = ("step", "predictor_accuracy", "predictor_base_rate", "predictor_recall", "taken")
     row["training"] = [{name: line[name] for name in names} for line in one["rows"]]
-    row["lengths"] = {T: losses(model, tokens, T, device) for T in LENGTHS}
+    row["lengths"] = {str(T): losses(model, tokens, T, device) for T in LENGTHS}
     return row | {"learned": look(model, tokens, one["meta"]["vocab"], device)}
 
 
@@ -159,6 +159,17 @@ def most_taken(letters, taken, n=8):
     return result
 
 
+def table(rows):
+    """Losses under top-k and causal routing at several lengths; all means and deviations over seeds."""
+    lines = ["| tokens of context | top-k | causal | causal against top-k |", "|--:|--:|--:|--:|"]
+    for T in LENGTHS if rows else ():
+        pairs = [(row["lengths"][str(T)]["topk"], row["lengths"][str(T)]["causal"]) for row in rows]
+        topk, causal = zip(*pairs)
+        cost = report.spread([100 * (c / t - 1) for t, c in pairs], "{:.2f}")
+        lines.append(f"| {T} | {report.spread(topk)} | {report.spread(causal)} | {cost} % |")
+    return "\n".join(lines)
+
+
 def draw(rows, path):
     """Four views of what the routed blocks take: kind of character, entropy, position; and how well it is foretold."""
     figure, ((classes, entropy), (position, training)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
@@ -180,12 +191,12 @@ def draw(rows, path):
         axes.set_ylabel("share of the tokens taken, causal")
         axes.legend(fontsize=8)
     classes.set_xticks(range(len(CLASSES)), list(CLASSES), fontsize=8)
-    known = [value for row in rows for value in row["learned"]["known_by"]["character"]]
+    known = [value for row in rows for value in row["learned"]["known_by"]["character"] if value is not None]
     classes.set_title(
         f"The character alone tells {min(known):.0%} to {max(known):.0%} of a decision", loc="left", fontsize=10
     )
     entropy.set_xlabel("entropy of the prediction there, percentile")
-    ranks = [value for row in rows for value in row["learned"]["entropy_ranks_higher"]]
+    ranks = [value for row in rows for value in row["learned"]["entropy_ranks_higher"] if value is not None]
     high = sum(rank > 0.5 for rank in ranks)
     title = f"{high} of {len(ranks)} blocks prefer uncertain places, {len(ranks) - high} certain ones"
     entropy.set_title(title, loc="left", fontsize=10)
@@ -196,7 +207,8 @@ def draw(rows, path):
     position.set_ylim(0, 0.3)
     position.set_xlabel("position in the window")
     position.set_ylabel("share taken, all routed blocks")
-    position.set_title("No preference for a position (a line for each seed)", loc="left", fontsize=10)
+    known = [value for row in rows for value in row["learned"]["known_by"]["position"] if value is not None]
+    position.set_title(f"The position tells at most {max(known):.1%} (a line for each seed)", loc="left", fontsize=10)
     training.axhline(0.875, color="black", linewidth=0.8)
     training.text(0, 0.878, "base rate: never take", fontsize=8)
     training.set_ylim(0.8, 1)
@@ -217,6 +229,7 @@ def main(argv=None):
         work = functools.partial(execute, dataset="shakespeare_works", device=pick_device("auto"))
         done = runner.run_all(sets[args.set], isoflop.Run, work, args.results, args.folder, args.jobs)
         draw(list(done.values()), args.results / "routing.png")
+        print(table(list(done.values())))
 
 
 if __name__ == "__main__":
