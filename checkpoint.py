@@ -24,7 +24,7 @@ import torch
 
 from configurator import UserError
 from dataset import sha256_of
-from mod import GPT, GPTConfig
+from mode import kind_of
 
 FORMAT = 2
 NAMES = ("last", "previous", "best")
@@ -90,7 +90,8 @@ def load(out_dir, name, device):
     """The model on `device` in evaluation mode, and its JSON's contents. Raises UserError if either is damaged."""
     info = read(out_dir, name)
     try:
-        model = GPT(GPTConfig(**info["model"]))
+        config, model = kind_of(info["model"])
+        model = model(config(**info["model"]))
         model.load_state_dict(tensors(out_dir, info, "model"))
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

@@ -67,6 +67,20 @@ class GPTConfig:
         # The 1e-9 keeps a product such as 0.29 * 100 = 28.999999999999996 from losing a token.
         return max(1, math.floor(self.capacity * T + 1e-9))
 
+    # For `forward_flops` below:
+
+    def block_flops(self, n):
+        return 24 * n * self.n_embd**2 + 4 * n * n * self.n_embd  # attention's and MLP's 12 C^2 weights; q k^T, its use
+
+    def routed_block_flops(self, T, taken=None):
+        return self.block_flops(self.capacity_in_tokens(T) if taken is None else taken) + self.decision_flops(T)
+
+    def decision_flops(self, T):
+        flops = 2 * T * self.n_embd  # the router; the gate needs it under every selection
+        if self.selection == "learned" and self.causal_method == "predictor":
+            flops += 2 * T * (self.n_embd + 1) * self.predictor_hidden
+        return flops
+
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
@@ -246,22 +260,14 @@ def forward_flops(config, T, taken=None):
     first block first (in a batch a block computes the largest count of its rows for each row that takes any). By
     convention a training step costs 3 times the forward pass: the backward pass has two products for each one.
     """
-    C, h = config.n_embd, config.predictor_hidden
-
-    def block(n):
-        return 24 * n * C * C + 4 * n * n * C  # projections of attention and MLP: 12 C^2 weights; q k^T and its use
-
     routed = sum(config.is_routed(layer) for layer in range(config.n_layer))
     if taken is None:
-        taken = [config.capacity_in_tokens(T)] * routed
+        taken = [None] * routed
     if len(taken) != routed:
         raise ValueError(f"taken needs one number per routed block: {routed}, got {len(taken)}")
-    decision = 2 * T * C  # the router; the gate needs it under every selection
-    if config.selection == "learned" and config.causal_method == "predictor":
-        decision += 2 * T * (C * h + h)
-    dense_blocks = (config.n_layer - routed) * block(T)
-    routed_blocks = sum(block(n) + decision for n in taken)
-    return dense_blocks + routed_blocks + 2 * T * C * config.vocab_size  # the last term is the head
+    dense_blocks = (config.n_layer - routed) * config.block_flops(T)
+    routed_blocks = sum(config.routed_block_flops(T, n) for n in taken)
+    return dense_blocks + routed_blocks + 2 * T * config.n_embd * config.vocab_size  # the last term is the head
 
 
 class LayerCache:
@@ -420,10 +426,7 @@ class GPT(nn.Module):
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(
-                    RoutedBlock(config, layer) if config.is_routed(layer) else Block(config)
-                    for layer in range(config.n_layer)
-                ),
+                h=nn.ModuleList(self.make_block(layer) for layer in range(config.n_layer)),
                 ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
             )
         )
@@ -442,9 +445,17 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
+    def make_block(self, layer):
+        return RoutedBlock(self.config, layer) if self.config.is_routed(layer) else Block(self.config)
+
     @property
     def routed_blocks(self):
-        return [block for block in self.transformer.h if isinstance(block, RoutedBlock)]
+        return [block for layer, block in enumerate(self.transformer.h) if self.config.is_routed(layer)]
+
+    @property
+    def deciders(self):
+        """Who picks under top-k, and learns to tell it without the future: each has `taken` and `logits`."""
+        return self.routed_blocks
 
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())
@@ -481,9 +492,9 @@ class GPT(nn.Module):
 
     def routing_loss(self, logits):
         """§3.5: cross-entropy of the causal decisions against top-k membership, mean over tokens and routed blocks."""
-        if self.config.selection != "learned" or not self.routed_blocks:
+        if self.config.selection != "learned" or not self.deciders:
             return logits.new_zeros(())  # nothing to learn
-        losses = [F.binary_cross_entropy_with_logits(b.logits, b.taken.to(b.logits.dtype)) for b in self.routed_blocks]
+        losses = [F.binary_cross_entropy_with_logits(b.logits, b.taken.to(b.logits.dtype)) for b in self.deciders]
         return torch.stack(losses).mean()
 
     @torch.no_grad()

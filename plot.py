@@ -65,6 +65,7 @@ def group_by_setting(runs):
         not_in_key = {"seed", "out_dir", "dataset"}
         if not run["config"]["route_every"]:  # these do nothing in a dense model
             not_in_key |= {"capacity", "selection", "causal_method", "predictor_hidden", "aux_weight"}
+            not_in_key |= {"n_expert", "n_noop", "expert_capacity", "staged"}
         setting = {name: value for name, value in run["config"].items() if name not in not_in_key}
         key = json.dumps([setting, run["facts"]["data"]["text_sha256"]], sort_keys=True)
         while any(run["config"]["seed"] == other["config"]["seed"] for other in by_setting.get(key, [])):

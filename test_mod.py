@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mod
 from mod import GPT, Block, GPTConfig, forward_flops, pick_token
+from mode import kind_of
 from train import TrainConfig, configure_optimizer
 
 torch.set_num_threads(1)  # for sizes this small more threads only wait for each other
@@ -25,15 +26,23 @@ KINDS = [
     dict(selection="position"),
 ]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=["predictor", "router", "stochastic", "position"])
+# With experts (mode.py): what holds for every model, not for equation (1) alone. The others are in test_mode.py.
+EXPERTS = [dict(n_expert=3), dict(n_expert=3, staged=True), dict(n_expert=2, n_noop=2, expert_capacity=0.125)]
+all_kinds = pytest.mark.parametrize(
+    "kind",
+    KINDS + EXPERTS,
+    ids=["predictor", "router", "stochastic", "position", "moe", "staged", "integrated"],
+)
 
 
 def make(seed=0, **changes):
     """A tiny model in float64, its weights large enough that every decision and every update matters."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**TINY, **changes})).double().eval()
+    config, kind = kind_of(changes)
+    model = kind(config(**{**TINY, **changes})).double().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.dim() >= 2:
+            if p.dim() >= 2 and "_bias" not in name:
                 p.mul_(10.0 if "router" in name or "predictor" in name else 5.0)
             else:
                 p.add_(0.1 * torch.randn_like(p))
@@ -253,7 +262,7 @@ def test_a_nan_in_one_row_stays_in_that_row():
         assert close(block(x, routing)[1:], block(x[1:], routing))
 
 
-@kinds
+@all_kinds
 def test_a_row_does_not_depend_on_the_other_rows(kind):
     model, idx = make(**kind), tokens(B=4)
     together = model(idx, routing="causal")[0]
@@ -328,7 +337,7 @@ def first_change(model, routing, position):
     return positions[0] if positions else None
 
 
-@kinds
+@all_kinds
 @pytest.mark.parametrize("route_every", [1, 2])
 def test_in_causal_mode_the_future_never_touches_the_past(kind, route_every):
     model = make(route_every=route_every, **kind)
@@ -348,7 +357,7 @@ def test_the_gate_is_the_raw_router_weight_and_does_not_depend_on_other_tokens()
     assert close(block(x), x + (x @ block.router.weight[0]).unsqueeze(-1) * block.update(x))
 
 
-@kinds
+@all_kinds
 @pytest.mark.parametrize("routing", ["topk", "causal"])
 def test_training_and_evaluation_mode_differ_in_dropout_alone(kind, routing):
     def logits(model):
@@ -441,7 +450,7 @@ def test_with_the_router_as_causal_method_the_auxiliary_loss_reaches_the_router(
     assert model.transformer.wte.weight.grad.abs().max() > 0  # there is no stop-gradient: the method's cost
 
 
-@kinds
+@all_kinds
 def test_a_training_pass_compiles_without_a_graph_break(kind):
     results = []
     for compiled in (False, True):
@@ -464,10 +473,11 @@ def test_a_model_can_be_copied_after_a_training_pass():
     assert torch.equal(twin(tokens())[0], model(tokens())[0])
 
 
-@pytest.mark.parametrize("kind", [*KINDS, dict(route_every=0)])
+@pytest.mark.parametrize("kind", [*KINDS, *EXPERTS, dict(route_every=0)])
 def test_one_batch_can_be_memorised(kind):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**TINY, "n_embd": 32, **kind}))
+    config, kind_of_model = kind_of(kind)
+    model = kind_of_model(config(**{**TINY, "n_embd": 32, **kind}))
     idx, targets = tokens(B=4), tokens(B=4, seed=9)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(150):
@@ -478,7 +488,7 @@ def test_one_batch_can_be_memorised(kind):
     assert loss.item() < 0.1
 
 
-@pytest.mark.parametrize("kind", [*KINDS, dict(route_every=0), dict(bias=False)])
+@pytest.mark.parametrize("kind", [*KINDS, *EXPERTS, dict(route_every=0), dict(bias=False)])
 def test_every_parameter_is_in_exactly_one_optimizer_group(kind):
     model = make(**kind)
     groups = configure_optimizer(model, TrainConfig()).param_groups
@@ -499,6 +509,8 @@ SHAPES = [
     dict(selection="stochastic"),
     dict(selection="position", capacity=1.0),
     dict(bias=False, n_layer=2),
+    *EXPERTS,
+    dict(n_expert=3, n_noop=1, expert_capacity=0.01, staged=True, capacity=0.5),
 ]
 
 
@@ -518,6 +530,9 @@ def test_the_flop_formula_equals_the_counter_in_a_causal_pass(shape):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens(B=1), routing="causal")
     taken = [int(block.taken.sum()) for block in model.routed_blocks]
+    if "n_expert" in shape:  # each expert is given as many tokens as the busiest of the block
+        at_each = [int(block.mlp.taken.sum(dim=(0, 1)).max()) for block in model.routed_blocks]
+        taken = [(n if shape.get("staged") else 32, m) for n, m in zip(taken, at_each)]
     assert counter.get_total_flops() == forward_flops(model.config, 32, taken)
 
 
@@ -539,11 +554,11 @@ def by_hand(model, idx, new, routing):
     return idx
 
 
-@kinds
+@all_kinds
 def test_uncached_generate_is_a_causal_pass_per_token(kind):
     model, prompt = make(**kind), tokens(B=8, T=5)
     assert torch.equal(model.generate_uncached(prompt, 27, seed=1), by_hand(model, prompt, 27, "causal"))
-    if kind["selection"] == "learned":
+    if kind.get("selection", "learned") == "learned":
         assert not torch.equal(model.generate_uncached(prompt, 27, seed=1), by_hand(model, prompt, 27, "topk"))
 
 
@@ -613,7 +628,7 @@ def test_step_by_step_with_the_cache_equals_a_causal_pass_of_each_row_alone(data
     nh, hs = data.draw(st.sampled_from([(1, 4), (2, 2), (3, 4)]), "heads, head size")
     model = make(
         seed=data.draw(st.integers(0, 9), "seed"),
-        **data.draw(st.sampled_from(KINDS), "kind"),
+        **data.draw(st.sampled_from(KINDS + EXPERTS), "kind"),
         block_size=data.draw(st.integers(1, 12), "block_size"),
         n_layer=data.draw(st.integers(1, 4), "n_layer"),
         route_every=data.draw(st.integers(0, 3), "route_every"),
@@ -623,9 +638,9 @@ def test_step_by_step_with_the_cache_equals_a_causal_pass_of_each_row_alone(data
         bias=data.draw(st.booleans(), "bias"),
     )
     taking = data.draw(st.sampled_from([-1e3, 0.0, 1e3]), "none, some or all taken")
-    for block in model.routed_blocks:
-        if hasattr(block, "predictor"):
-            block.predictor[-1].bias.data += taking
+    for decider in model.deciders:
+        if hasattr(decider, "predictor"):
+            decider.predictor[-1].bias.data += taking
     lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4), "lengths of the prompts")
     new = data.draw(st.integers(1, 15), "new tokens")
     chunk = data.draw(st.integers(1, 4), "chunk")
@@ -649,7 +664,7 @@ def test_step_by_step_with_the_cache_equals_a_causal_pass_of_each_row_alone(data
             assert close(logits[row], model(text[[row], start : 20 + i], routing="causal")[0][0, -1])
 
 
-@kinds
+@all_kinds
 @pytest.mark.parametrize("options", [dict(), dict(top_k=5, temperature=0.7), dict(top_p=0.8), dict(temperature=0)])
 def test_cached_and_uncached_generate_give_the_same_tokens(kind, options):
     model, prompt = make(**kind), tokens(B=4, T=5)

@@ -226,11 +226,14 @@ OTHER_VALUES = dict(
     capacity=0.5, route_every=1, selection="stochastic", causal_method="router", predictor_hidden=5, max_iters=7,
     flop_budget=4e6, batch_size=5, gradient_accumulation_steps=2, learning_rate=1e-2, min_lr=1e-3, decay_lr=False,
     warmup_iters=3, weight_decay=0.5, beta1=0.8, beta2=0.9, grad_clip=0.01, aux_weight=0.5, seed=2, dtype="bfloat16",
+    n_expert=2, n_noop=2, expert_capacity=0.5, staged=True,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_every_option_reaches_the_model_or_the_loop(tiny, name):
+    if name in ("expert_capacity", "staged"):
+        tiny = dataclasses.replace(tiny, n_expert=2)
     rows, weights = run(tiny)
     assert getattr(tiny, name) != OTHER_VALUES[name]
     other_rows, other_weights = run(tiny, **{name: OTHER_VALUES[name]})

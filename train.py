@@ -31,7 +31,8 @@ import dataset
 import parallel
 import resume
 from configurator import UserError, errors_in_one_line, load, option, pick_device
-from mod import CAUSAL_METHODS, GPT, SELECTIONS, GPTConfig, forward_flops
+from mod import CAUSAL_METHODS, SELECTIONS, GPTConfig, forward_flops
+from mode import MoDE, MoDEConfig, kind_of
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -64,6 +65,11 @@ class TrainConfig:
     selection: str = option(GPTConfig.selection, "what top-k ranks", choices=SELECTIONS)
     causal_method: str = option(GPTConfig.causal_method, "who replaces top-k in sampling", choices=CAUSAL_METHODS)
     predictor_hidden: int = option(GPTConfig.predictor_hidden, "hidden units of the predictor")
+    # experts in the routed blocks, see mode.py
+    n_expert: int = option(0, "experts in place of the MLP of each block that is routed; 0: none")
+    n_noop: int = option(0, "no-op experts beside them, for integrated MoDE")
+    expert_capacity: float = option(MoDEConfig.expert_capacity, "share of a block's tokens that each expert takes")
+    staged: bool = option(False, "with experts, True: the block is routed too, staged MoDE; False: attention for all")
     # how long
     max_iters: int = option(0, "training steps; 0: as many as flop_budget pays for")
     flop_budget: float = option(0.0, "training FLOPs, 3 x the top-k forward pass; with max_iters too, the smaller wins")
@@ -112,7 +118,7 @@ def train(config):
     with parallel.main_first():
         meta, data = load_dataset(config)
     torch.manual_seed(config.seed)
-    model = GPT(model_config(config, meta))
+    model = kind_of(asdict(config))[1](model_config(config, meta))
     if config.init_from and not config.resume:
         start_from(Path(config.init_from), model, meta)
     model.to(config.device)
@@ -297,12 +303,13 @@ def resolve(config):
 
 
 def model_config(config, meta):
-    """The GPTConfig among the options; its vocabulary is the data's unless a larger one is asked for."""
-    names = {field.name for field in dataclasses.fields(GPTConfig)}
+    """The model's config among the options; its vocabulary is the data's unless a larger one is asked for."""
+    kind, _ = kind_of(asdict(config))
+    names = {field.name for field in dataclasses.fields(kind)}
     values = {name: value for name, value in asdict(config).items() if name in names}
     values["vocab_size"] = config.vocab_size or meta["vocab_size"]
     try:
-        return GPTConfig(**values)
+        return kind(**values)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -475,7 +482,7 @@ def evaluate(model, tokens, config, stop=None):
         with autocast(config):
             # .forward runs eagerly, also where the model is compiled: the size of a causal batch depends on the data.
             _, topk_loss = model.forward(x, y, routing="topk")
-            decisions = [(block.taken, block.logits > 0) for block in routed]
+            decisions = [(one.taken, one.logits > 0) for one in model.deciders]
             _, causal_loss = model.forward(x, y, routing="causal") if routed else (None, topk_loss)
         agree = sum((taken == foretold).sum().item() for taken, foretold in decisions)
         hit = sum((taken & foretold).sum().item() for taken, foretold in decisions)
@@ -587,6 +594,11 @@ def report(row, max_iters):
 def describe(model, config):
     c, routed = model.config, len(model.routed_blocks)
     kind = f"MoD ({routed} of {c.n_layer} blocks routed at {c.capacity:.1%} capacity)" if routed else "Dense"
+    if routed and isinstance(model, MoDE):
+        noops = f" and {c.n_noop} no-ops" if c.n_noop else ""
+        what = f"{c.n_expert} experts at {c.expert_capacity:.1%} capacity{noops}"
+        around = f", routed at {c.capacity:.1%}" if c.staged else ""
+        kind = f"{'MoDE' if c.staged or c.n_noop else 'MoE'} ({routed} of {c.n_layer} blocks with {what}{around})"
     dense_flops = forward_flops(dataclasses.replace(c, route_every=0), c.block_size)
     saving = f", {forward_flops(c, c.block_size) / dense_flops:.2f} of the dense FLOPs" if routed else ""
     where = config.device if parallel.ranks() == 1 else f"{parallel.ranks()} ranks, the first on {config.device}"

@@ -1,0 +1,184 @@
+"""The invariants of mode.py that mod.py does not share; those that hold for all models are in test_mod.py."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import mode
+from mod import MLP, Block, GPTConfig
+from test_mod import EXPERTS, close, inputs, make, tokens
+
+experts = pytest.mark.parametrize("kind", EXPERTS, ids=["moe", "staged", "integrated"])
+biased = pytest.mark.parametrize("bias", [True, False])
+
+
+def reference_expert(x, p, e):
+    """Expert e for one token x (C,), written out."""
+    h = x @ p["experts.c_fc"][e]
+    if "experts.c_fc_bias" in p:
+        h = h + p["experts.c_fc_bias"].view(len(p["experts.c_fc"]), -1)[e]
+    y = F.gelu(h, approximate="tanh") @ p["experts.c_proj"][e]
+    if "experts.c_proj_bias" in p:
+        y = y + p["experts.c_proj_bias"].view(len(p["experts.c_fc"]), -1)[e]
+    return y
+
+
+def reference_mixture(x, p, n_expert, k, routing):
+    """A mixture of experts over x (B, T, C), token by token and expert by expert, from its definition."""
+    rows = []
+    for row in x:
+        probabilities = torch.stack([(p["router.weight"] @ token).softmax(dim=0) for token in row])  # (T, all experts)
+        out = [torch.zeros_like(token) for token in row]
+        for e in range(n_expert):
+            if routing == "topk":
+                ranked = sorted(range(len(row)), key=lambda t: probabilities[t, e].item(), reverse=True)
+                chosen = ranked[:k]
+            else:
+                chosen = [t for t in range(len(row)) if reference_logits(row[t], p)[e] > 0]
+            for t in chosen:
+                out[t] = out[t] + probabilities[t, e] * reference_expert(row[t], p, e)
+        rows.append(torch.stack(out))
+    return torch.stack(rows)
+
+
+def reference_logits(x, p):
+    h = F.gelu(p["predictor.0.weight"] @ x + p["predictor.0.bias"])
+    return p["predictor.2.weight"] @ h + p["predictor.2.bias"]
+
+
+@experts
+@biased
+@pytest.mark.parametrize("routing", ["topk", "causal"])
+def test_a_mixture_is_its_definition_gradients_included(kind, bias, routing):
+    model = make(**kind, bias=bias)
+    mixture = model.routed_blocks[0].mlp
+    mixture.routing = routing
+    x = inputs(T=12).requires_grad_()
+    k = model.config.expert_capacity_in_tokens(12)
+    p = dict(mixture.named_parameters())
+    y, expected = mixture(x), reference_mixture(x, p, model.config.n_expert, k, routing)
+    assert close(y, expected) and y.abs().max() > 0.01
+    trained = [w for name, w in p.items() if "predictor" not in name]
+    weight = inputs(T=12, seed=5)
+    for ours, theirs in zip(
+        torch.autograd.grad((y * weight).sum(), [x, *trained]),
+        torch.autograd.grad((expected * weight).sum(), [x, *trained]),
+    ):
+        assert close(ours, theirs)
+
+
+@experts
+@pytest.mark.parametrize("routing", ["topk", "causal"])
+def test_a_block_is_attention_then_experts_and_a_staged_one_gates_both(kind, routing):
+    model = make(**kind)
+    block = model.routed_blocks[0]
+    x = inputs(B=1, T=12)
+    y = block(x, routing)
+    mixture = copy.deepcopy(block.mlp)
+    if not kind.get("staged"):
+        h = x + block.attn(block.ln_1(x))
+        expected = h + mixture(block.ln_2(h))
+    else:
+        taken = block.taken[0].nonzero().flatten()
+        assert 0 < len(taken) < 12
+        part = x[:, taken]
+        h = block.attn(block.ln_1(part))
+        expected = x.clone()
+        expected[:, taken] += block.router(part) * (h + mixture(block.ln_2(part + h)))
+    assert close(y, expected)
+
+
+@biased
+def test_one_expert_that_takes_all_tokens_is_the_dense_mlp(bias):
+    model = make(n_expert=1, expert_capacity=1.0, bias=bias)
+    block = model.routed_blocks[0]
+    shape = {name: value for name, value in vars(model.config).items() if name in GPTConfig.__dataclass_fields__}
+    dense = Block(GPTConfig(**shape)).double()
+    theirs = dense.state_dict()
+    for name in theirs:
+        if not name.startswith("mlp."):
+            theirs[name] = block.state_dict()[name]
+    ours = block.mlp.experts
+    theirs["mlp.c_fc.weight"], theirs["mlp.c_proj.weight"] = ours.c_fc[0].T, ours.c_proj[0].T
+    if bias:
+        theirs["mlp.c_fc.bias"], theirs["mlp.c_proj.bias"] = ours.c_fc_bias, ours.c_proj_bias
+    dense.load_state_dict(theirs)
+    assert isinstance(dense.mlp, MLP)
+    assert close(block(inputs()), dense(inputs()))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_no_ops_alone_add_nothing():
+    model = make(n_expert=0, n_noop=3)
+    mixture = model.routed_blocks[0].mlp
+    for mixture.routing in ("topk", "causal"):
+        assert not mixture(inputs()).any()
+    x = inputs()
+    block = model.routed_blocks[0]
+    assert torch.equal(block(x), x + block.attn(block.ln_1(x)))
+
+
+@experts
+@pytest.mark.parametrize("T", [1, 2, 7, 32])
+def test_each_expert_takes_exactly_its_capacity_of_each_row(kind, T):
+    model = make(**kind)
+    model(tokens(T=T))
+    n = model.config.capacity_in_tokens(T) if kind.get("staged") else T
+    for block in model.routed_blocks:
+        assert block.mlp.taken.shape[:2] == (3, n)
+        assert (block.mlp.taken.sum(dim=1) == max(1, int(model.config.expert_capacity * n))).all()
+
+
+def test_a_token_that_prefers_a_no_op_is_weighted_less_and_taken_less():
+    model = make(n_expert=2, n_noop=1, bias=False)
+    mixture = model.routed_blocks[0].mlp
+    mixture.routing = "topk"
+    x = inputs(B=1, T=8)
+    with torch.no_grad():
+        mixture.router.weight.zero_()
+        mixture.router.weight[2] = 100 * x[0, 3] / x[0, 3].norm() ** 2  # the no-op wants token 3
+    mixture(x)
+    assert not mixture.taken[0, 3].any()
+
+
+@experts
+def test_the_router_of_the_experts_learns_from_the_language_model_and_the_predictor_only_from_the_auxiliary_loss(kind):
+    model = make(**kind)
+    _, loss = model(tokens(), tokens(seed=9))
+    loss.backward(retain_graph=True)
+    mixtures = [block.mlp for block in model.routed_blocks]
+    assert all(m.router.weight.grad.abs().max() > 0 for m in mixtures)
+    assert all(p.grad is None for m in mixtures for p in m.predictor.parameters())
+    model.zero_grad()
+    model.aux_loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained and all(".predictor." in name for name in trained)
+    assert {name for name, _ in model.named_parameters() if "mlp.predictor" in name} <= trained
+
+
+@experts
+def test_the_auxiliary_loss_is_the_mean_over_all_who_decide(kind):
+    model = make(**kind)
+    model(tokens(), tokens(seed=9))
+    losses = []
+    for block in model.routed_blocks:
+        for decider in [block, block.mlp] if kind.get("staged") else [block.mlp]:
+            p = decider.logits.sigmoid()
+            losses.append(-torch.where(decider.taken, p.log(), (1 - p).log()).mean())
+    assert close(model.aux_loss, torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(n_expert=-1), "n_expert and n_noop count experts"),
+        (dict(n_expert=2, expert_capacity=12.5), "expert_capacity is a fraction in"),
+        (dict(n_expert=2, selection="stochastic"), "selection must be learned"),
+        (dict(n_expert=2, causal_method="router"), "causal_method predictor"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        mode.MoDEConfig(**options)
