@@ -164,7 +164,8 @@ class MoDE(GPT):
 
     @property
     def deciders(self):
-        return [module for module in self.modules() if isinstance(module, (RoutedBlock, Mixture))]
+        mixtures = Mixture if self.config.n_expert else ()  # no-ops alone decide nothing
+        return [module for module in self.modules() if isinstance(module, (RoutedBlock, mixtures))]
 
 
 def kind_of(options):

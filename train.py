@@ -499,7 +499,7 @@ def evaluate(model, tokens, config, stop=None):
     result = {"val_loss_causal": causal / n_windows, "val_loss_topk": topk / n_windows}
     if routed:
         result["taken"] = [round(tokens_taken / n_windows, 5) for tokens_taken in taken]
-    if routed and model.config.selection == "learned":
+    if model.deciders and model.config.selection == "learned":
         capacity = member / made
         result |= {
             "predictor_accuracy": agree / made,
