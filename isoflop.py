@@ -48,6 +48,10 @@ class Run:
     causal_method: str = "predictor"
     block_size: int = 128
     variant: str = ""  # a name in VARIANTS: a model that differs in code
+    n_expert: int = 0
+    n_noop: int = 0
+    expert_capacity: float = 0.25
+    staged: bool = False
 
     @property
     def name(self):
@@ -132,6 +136,24 @@ def best(budget, route_every, done):
     return min(models, key=loss)
 
 
+EXPERTS = {  # in every other block, those that MoD would route
+    "MoE": dict(n_expert=4),
+    "MoE, lowered capacity": dict(n_expert=4, expert_capacity=0.125),
+    "staged MoDE": dict(n_expert=4, staged=True),
+    "integrated MoDE": dict(n_expert=4, n_noop=4, expert_capacity=0.125),
+}
+
+
+def experts(done, budget=1e13):
+    """Dense, MoD, MoE and MoDE of one shape at one budget, each at its best learning rate, all seeds."""
+    shape = Run(budget, 4, 128, 2)
+    todo = []
+    for run in (shape, replace(shape, route_every=0), *(replace(shape, **options) for options in EXPERTS.values())):
+        run, missing = search(run, done)
+        todo += missing or seeds(run, done)
+    return todo
+
+
 def smoke(done):
     return compared(5e9, ((1, 32), (1, 64)), done)
 
@@ -146,7 +168,7 @@ def full(done):
     return [run for part in todo for run in part]
 
 
-SETS = {"smoke": smoke, "laptop": laptop, "full": full}
+SETS = {"smoke": smoke, "laptop": laptop, "full": full, "experts": experts}
 
 
 # One run
@@ -165,6 +187,10 @@ def options(run, vocabulary, dataset, out_dir, device):
         capacity=run.capacity,
         selection=run.selection,
         causal_method=run.causal_method,
+        n_expert=run.n_expert,
+        n_noop=run.n_noop,
+        expert_capacity=run.expert_capacity,
+        staged=run.staged,
         batch_size=TOKENS_PER_STEP // run.block_size,
         flop_budget=run.budget,
         learning_rate=run.learning_rate,

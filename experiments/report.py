@@ -82,6 +82,7 @@ def plain(models, budget, kind):
         and not model.run.variant
         and (model.run.capacity, model.run.selection, model.run.causal_method, model.run.block_size)
         == (0.125, "learned", "predictor", 128)
+        and not model.run.n_expert
     ]
     return sorted(chosen, key=lambda model: model["parameters"])
 
@@ -175,7 +176,7 @@ def changes(models, budget):
     base = best_of(chosen)
     others = []
     for model in models:
-        if model.run.budget != budget or model.run.n_embd != base.run.n_embd:
+        if model.run.budget != budget or model.run.n_embd != base.run.n_embd or model.run.n_expert:
             continue
         if model.run.block_size != base.run.block_size:
             kind = "context" if model.run.route_every else "dense rival, context"
