@@ -1,8 +1,8 @@
 """
 The paper's comparison in miniature: dense GPTs and Mixture-of-Depths at equal training FLOPs.
 
-    python isoflop.py laptop --results=my-results     # trains what is missing there, then draws and prints
-    python isoflop.py full                            # what is committed in results/isoflop, and what is still missing
+    python isoflop.py laptop                           # one budget, an evening on 2 cores; into out-isoflop
+    python isoflop.py draw --results=results/isoflop   # the tables and pictures of what was measured for this project
 
 Each finished run is a line of RESULTS/runs.jsonl. What stands there is not trained again; stopped (Ctrl-C) and started
 anew, a set goes on inside the runs that were under way. At the end it draws and prints.
@@ -27,7 +27,7 @@ from configurator import UserError, errors_in_one_line, pick_device
 from experiments import report, runner
 from experiments.runner import SEEDS, loss_for_choice, search, seeds
 from experiments.variants import VARIANTS
-from train import TrainConfig, evaluate, forward_flops, load_dataset, model_config, number_of_steps, train
+from train import Diverged, TrainConfig, evaluate, forward_flops, load_dataset, model_config, number_of_steps, train
 
 TOKENS_PER_STEP = 1024
 HEAD_SIZE = 32
@@ -56,7 +56,8 @@ class Run:
     @property
     def name(self):
         kind = "mod" if self.route_every else "dense"
-        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
+        special = {name: value for name, value in asdict(self).items() if value != getattr(Run, name, None)}
+        digest = hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]
         return f"{self.budget:.0e}-{kind}-{self.n_layer}x{self.n_embd}-{self.learning_rate:g}-{self.seed}-{digest}"
 
 
@@ -123,17 +124,9 @@ def changed(run):
 
 
 def best(budget, route_every, done):
-    """The best of a budget's dense (0) or MoD (2) models that have all seeds, by the half for choosing."""
-
-    def loss(run):
-        return sum(loss_for_choice(replace(run, seed=seed), done) for seed in SEEDS)
-
-    models = [
-        run
-        for run in done
-        if run == Run(budget, run.n_layer, run.n_embd, route_every, run.learning_rate) and math.isfinite(loss(run))
-    ]
-    return min(models, key=loss)
+    """The best of a budget's dense (0) or MoD (2) models, by the half for choosing."""
+    plain = [run for run in done if run == Run(budget, run.n_layer, run.n_embd, route_every, run.learning_rate)]
+    return min(plain, key=lambda run: loss_for_choice(run, done))
 
 
 EXPERTS = {  # in every other block, those that MoD would route
@@ -168,7 +161,7 @@ def full(done):
     return [run for part in todo for run in part]
 
 
-SETS = {"smoke": smoke, "laptop": laptop, "full": full, "experts": experts}
+SETS = {"smoke": smoke, "laptop": laptop, "full": full, "experts": experts, "draw": runner.nothing}
 
 
 # One run
@@ -214,19 +207,18 @@ def execute(run, out_dir, dataset, device):
 def train_one(run, out_dir, dataset, device, **more):
     """As `execute`, with `more` options of train.py; returns what there is: model, meta, data, config, rows, row."""
     torch.set_num_threads(1)
+    log_file, out_dir = out_dir / "log.txt", out_dir / "run"
     out_dir.mkdir(parents=True, exist_ok=True)
     meta, data = load_dataset(TrainConfig(dataset=dataset, block_size=run.block_size))
     config = replace(options(run, meta["vocab_size"], dataset, out_dir, device), **more)
     half = len(data["val"]) // 2
     row = {"run": asdict(run), "data": meta["text_sha256"][:16], "choose": None, "report": None}
     variant = mock.patch.object(mod, "RoutedBlock", VARIANTS.get(run.variant, mod.RoutedBlock))
-    with open(out_dir / "log.txt", "a", encoding="utf-8") as log, variant:
+    with open(log_file, "a", encoding="utf-8") as log, variant:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
                 rows = train(replace(config, resume=(out_dir / "last.json").is_file()))
-            except UserError as error:
-                if "diverged" not in str(error):
-                    raise
+            except Diverged:
                 return {"row": row}
             model, info = checkpoint.load(out_dir, "last", config.device)
     # Whole halves; a choice may be made on the first one only, and every figure is from the second.
@@ -246,17 +238,22 @@ def train_one(run, out_dir, dataset, device, **more):
 
 
 def main(argv=None):
-    parser = runner.arguments(__doc__.split(":")[0], SETS, "results/isoflop", "out-isoflop")
+    parser = runner.arguments(__doc__.split(":")[0], SETS, "out-isoflop")
     parser.add_argument("--dataset", default="shakespeare_works", help="as train.py's (%(default)s)")
     parser.add_argument("--device", default="auto", help="as train.py's (%(default)s)")
     args = parser.parse_args(argv)
     with errors_in_one_line("isoflop.py", "try fewer --jobs"):
-        meta, _ = load_dataset(TrainConfig(dataset=args.dataset))
-        if any(row["data"] != meta["text_sha256"][:16] for row in runner.read(args.results, Run).values()):
-            raise UserError(f"{args.results} holds runs on another text; name another folder by --results")
-        train_one = functools.partial(execute, dataset=args.dataset, device=pick_device(args.device))
-        done = runner.run_all(SETS[args.set], Run, train_one, args.results, args.folder, args.jobs)
+        train_one_of_them = prepared(execute, args.results, args.dataset, args.device)
+        done = runner.run_all(SETS[args.set], Run, train_one_of_them, args.results, args.jobs)
         print(report.write(report.models_of(done), args.results))
+
+
+def prepared(execute, results, dataset, device):
+    """execute(run, folder) with the rest given; the data is there, and the lines in `results` are of the same text."""
+    meta, _ = load_dataset(TrainConfig(dataset=dataset))
+    if any(row["data"] != meta["text_sha256"][:16] for row in runner.read(results, Run).values()):
+        raise UserError(f"{results} holds runs on another text; name another folder by --results")
+    return functools.partial(execute, dataset=dataset, device=pick_device(device))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """The experiments: what is run next, what is measured, and that the README says what the results say."""
 
+import contextlib
 import json
 import math
+import os
 import random
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +17,7 @@ import torch
 
 import isoflop
 import mod
-from experiments import known_depth, routing, runner
+from experiments import known_depth, readme, report, routing, runner
 from experiments.variants import VARIANTS
 from mod import GPT, GPTConfig
 
@@ -56,6 +61,8 @@ def test_the_search_takes_a_run_that_diverged_for_the_worst():
 def execute_fake(run, folder):
     if run.name == "fails":
         raise ValueError("this run fails")
+    if run.name == "slow":
+        time.sleep(1)
     return {"run": run.__dict__, "choose": None, "report": {"val_loss_causal": run.seed / 10}}
 
 
@@ -67,7 +74,7 @@ def test_what_is_done_is_not_run_again_and_a_deleted_line_is(tmp_path):
         return [run for run in runs if run not in done]
 
     def again():
-        return runner.run_all(wanted, FakeRun, execute_fake, tmp_path, tmp_path / "out", jobs=2)
+        return runner.run_all(wanted, FakeRun, execute_fake, tmp_path, jobs=2)
 
     assert set(again()) == set(runs)
     whole = path.read_bytes()
@@ -77,13 +84,55 @@ def test_what_is_done_is_not_run_again_and_a_deleted_line_is(tmp_path):
     assert set(again()) == set(runs) and sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)
 
 
-def test_what_is_finished_is_kept_when_another_run_fails(tmp_path):
-    runs = [FakeRun("a"), FakeRun("fails")]
+def test_what_is_under_way_is_finished_and_kept_when_another_run_fails(tmp_path):
+    runs = [FakeRun("fails"), FakeRun("slow"), FakeRun("never begun")]
     with pytest.raises(ValueError, match="this run fails"):
-        runner.run_all(
-            lambda done: [run for run in runs if run not in done], FakeRun, execute_fake, tmp_path, tmp_path, jobs=1
-        )
-    assert list(runner.read(tmp_path, FakeRun)) == [FakeRun("a")]
+        runner.run_all(lambda done: [run for run in runs if run not in done], FakeRun, execute_fake, tmp_path, jobs=2)
+    assert list(runner.read(tmp_path, FakeRun)) == [FakeRun("slow")]
+
+
+SET_OF_TWO = """
+import sys
+import isoflop
+runs = [isoflop.Run(2e10, 2, 32, 2, seed=seed) for seed in (1, 2)] + [isoflop.Run(1e9, 1, 32, 0)]
+if __name__ == "__main__":
+    isoflop.SETS["two"] = lambda done: [run for run in runs if run not in done]
+    isoflop.main(["two", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that asks")
+@pytest.mark.slow
+def test_a_set_that_is_stopped_goes_on_inside_its_runs_and_ends_the_same(tmp_path, dataset):
+    script = tmp_path / "set_of_two.py"
+    script.write_text(SET_OF_TWO, encoding="utf-8")
+
+    def start(results):
+        command = [sys.executable, script, f"--results={results}", f"--dataset={dataset}", "--jobs=2", "--device=cpu"]
+        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait() == 0, whole.stderr.read()
+    results, stops, resumed = tmp_path / "stopped", 0, False
+    while True:
+        process = start(results)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=6 + stops)
+        if process.poll() is not None:
+            assert process.returncode == 0, process.stderr.read()
+            break
+        process.terminate()
+        assert process.wait() == 130, process.stderr.read()
+        stops += 1
+        resumed |= any("Resuming" in log.read_text(encoding="utf-8") for log in results.glob("under-way/*/log.txt"))
+    assert stops > 0 and (resumed or stops == 1)
+    assert not list(results.glob("under-way/*"))
+
+    def lines(folder):
+        done = runner.read(folder, isoflop.Run)
+        return {run: {k: v for k, v in row.items() if k != "train_seconds"} for run, row in done.items()}
+
+    assert lines(results) == lines(tmp_path / "whole") and len(lines(results)) == 3
 
 
 def test_a_line_that_is_no_run_is_named(tmp_path):
@@ -301,3 +350,128 @@ def test_the_tenths_are_of_the_lowest_values_first():
     value = np.arange(100.0).reshape(2, 50)
     taken = (value >= 90)[..., None]
     assert routing.by_tenth(value, taken) == [[0.0]] * 9 + [[1.0]]
+
+
+# The report
+
+
+def row_of(run, loss, choice=None):
+    half = {"val_loss_causal": loss, "val_loss_topk": loss, "predictor_accuracy": 0.98, "taken": [0.12]}
+    return {
+        "run": dict(vars(run)),
+        "choose": {"val_loss_causal": choice or loss},
+        "report": half,
+        "parameters": run.n_layer * run.n_embd**2,
+        "forward_flops_per_token": run.n_embd**2 * (0.56 if run.route_every else 1) * run.n_layer,
+        "steps": 100,
+        "train_seconds": 10.0,
+    }
+
+
+def lines_of(run, losses, choice=None):
+    """Lines for seed 1, 2, ... with these losses."""
+    runs = [replace(run, seed=i) for i in range(1, len(losses) + 1)]
+    return {run: row_of(run, loss, choice) for run, loss in zip(runs, losses)}
+
+
+MOD = isoflop.Run(1e13, 4, 64, 2)
+DENSE = isoflop.Run(1e13, 2, 64, 0)
+
+
+def made_up(mod_losses):
+    return {
+        **lines_of(DENSE, [9.9, 1.599, 1.600, 1.601], choice=1.5),
+        **lines_of(replace(DENSE, learning_rate=1e-2), [0.1], choice=1.6),
+        **lines_of(MOD, mod_losses, choice=1.5),
+    }
+
+
+def pair(mod_losses):
+    models = report.models_of(made_up(mod_losses))
+    return [report.best_of(report.plain(models, 1e13, kind)) for kind in ("dense", "MoD")]
+
+
+def test_the_figures_are_of_the_seeds_that_chose_nothing_and_the_rate_of_the_one_that_did():
+    dense, mod = pair([9.9, 1.5, 1.6, 1.7])
+    assert dense.run.learning_rate == 5e-3 and dense.mean() == pytest.approx(1.6)
+    assert mod.deviation() == pytest.approx(0.1) and mod.complete
+
+
+def test_the_interval_of_a_difference_is_students():
+    dense, mod = pair([9.9, 1.6, 1.7, 1.8])
+    percent, half = report.difference(mod, dense)
+    assert percent == pytest.approx(100 * 0.1 / 1.6)
+    assert half == pytest.approx(4.303 * math.hypot(0.1, 0.001) / math.sqrt(3) / 1.6 * 100, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "losses, verdict",
+    [
+        ([1, 1.619, 1.620, 1.621], "not, at 1e13"),
+        ([1, 1.579, 1.580, 1.581], "reproduced, at 1e13"),
+        ([1, 1.500, 1.600, 1.700], "no difference seen, at 1e13"),
+    ],
+)
+def test_the_first_claims_verdict(losses, verdict):
+    assert f"| {verdict} |" in report.claims(report.models_of(made_up(losses)), []).splitlines()[2]
+
+
+def test_a_budget_without_all_seeds_is_in_no_table_and_a_model_that_diverged_is_in_none():
+    assert not report.budgets_of(report.models_of(made_up([1.6, 1.6, 1.6])))
+    done = made_up([9.9, 1.5, 1.6, 1.7])
+    done[replace(MOD, seed=3)]["report"] = None
+    assert not report.plain(report.models_of(done), 1e13, "MoD")
+
+
+def test_a_claim_about_what_was_not_run_is_open():
+    done = made_up([1, 1.619, 1.620, 1.621])
+    asked = [dict(capacity=c) for c in (0.0625, 0.25, 0.5)] + [dict(route_every=1), dict(selection="stochastic")]
+
+    def fifth():
+        return report.claims(report.models_of(done), []).splitlines()[6]
+
+    for change in asked:
+        assert "| open |" in fifth()
+        done |= lines_of(replace(MOD, **change), [1, 1.659, 1.660, 1.661])
+    assert "| reproduced, at 1e13 |" in fifth()
+    done |= lines_of(replace(MOD, capacity=0.25), [1, 1.61, 1.61, 1.62])
+    assert "| partly, at 1e13 |" in fifth()
+
+
+def test_another_context_is_compared_with_its_rival():
+    done = made_up([1, 1.619, 1.620, 1.621])
+    done |= lines_of(replace(MOD, block_size=256), [1, 1.509, 1.510, 1.511])
+    done |= lines_of(replace(DENSE, block_size=256), [1, 1.499, 1.500, 1.501])
+    table = report.ablation_table(report.models_of(done))
+    assert "context 256, against its rival" in table and "+0.67 % ±" in table
+
+
+def test_the_pictures_can_be_drawn(tmp_path):
+    done = made_up([1, 1.619, 1.620, 1.621]) | lines_of(replace(MOD, capacity=0.5), [1, 1.659, 1.660, 1.661])
+    report.write(report.models_of(done), tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000 and (tmp_path / "changes.png").stat().st_size > 10_000
+
+
+# The READMEs
+
+
+def test_each_part_goes_to_its_place():
+    text = "a\n<!-- results: x y -->\nold\n<!-- end -->\n<!-- results: z -->\n<!-- end -->\n<!-- c -->\n"
+    filled = readme.filled(text, {"x y": "1", "z": "2"})
+    assert filled == "a\n<!-- results: x y -->\n1\n<!-- end -->\n<!-- results: z -->\n2\n<!-- end -->\n<!-- c -->\n"
+
+
+def test_the_readmes_say_what_the_results_say():
+    parts, used = readme.blocks(), 0
+    for path in readme.FILES:
+        text = path.read_text(encoding="utf-8")
+        used += text.count("<!-- results: ")
+        assert readme.filled(text, parts) == text, f"python experiments/readme.py, then look at {path.name}"
+    assert used == len(parts)
+
+
+def test_the_runs_of_the_results_cost_what_they_should():
+    done = runner.read(ROOT / "results" / "isoflop", isoflop.Run)
+    assert len(done) > 60
+    for run, row in done.items():
+        assert 0.99 * run.budget < row["flops"] <= run.budget

@@ -563,9 +563,13 @@ def import_wandb():
     return wandb
 
 
+class Diverged(UserError):
+    """A loss or a gradient is no number any more."""
+
+
 def stop_if_not_finite(value, name, step, more=""):
     if not math.isfinite(value):
-        raise UserError(
+        raise Diverged(
             f"the {name} is {value} at step {step:,}{more}: the run diverged; the checkpoints before it stay. "
             "Try a lower --learning_rate, a longer --warmup_iters or --dtype=float32"
         )

@@ -35,7 +35,7 @@ def blocks():
 def filled(text, parts):
     """`text` with the parts in their places."""
     return re.sub(
-        r"(<!-- results: (.+) -->\n)(.*?)(<!-- end -->)",
+        r"(<!-- results: ([a-z ]+) -->\n)(.*?)(<!-- end -->)",
         lambda found: f"{found[1]}{parts[found[2]]}\n{found[4]}",
         text,
         flags=re.DOTALL,

@@ -1,14 +1,13 @@
 """
 What did the router learn, and what does it cost to go without the future?
 
-    python experiments/routing.py all --results=my-results
+    python experiments/routing.py all
 
-Trains one Mixture-of-Depths model with three seeds as isoflop.py does, then looks at the half of the validation split
-on which no choice is made: the loss under top-k and under causal routing, at the length of training and shorter; how
-well top-k is foretold, over the training; which tokens the routed blocks take.
+Trains one Mixture-of-Depths model with three seeds by isoflop.py's recipe, then looks at the half of the validation
+split on which no choice is made: the loss under top-k and under causal routing, at the length of training and shorter;
+how well top-k is foretold, over the training; which tokens the routed blocks take.
 """
 
-import functools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # run as a script, this file's own folder stands there alone
 import isoflop  # noqa: E402
-from configurator import errors_in_one_line, pick_device  # noqa: E402
+from configurator import errors_in_one_line  # noqa: E402
 from experiments import report, runner  # noqa: E402
 from train import windows  # noqa: E402
 
@@ -36,12 +35,14 @@ CLASSES = {
 
 
 def wanted(done):
-    return [run for seed in runner.SEEDS if (run := replace(MODEL, seed=seed)) not in done]
+    return [run for seed in runner.SEEDS[1:] if (run := replace(MODEL, seed=seed)) not in done]
 
 
 def execute(run, folder, dataset, device):
     """Train, then look; returns the run's line of runs.jsonl."""
     one = isoflop.train_one(run, folder, dataset, device, eval_interval=250, eval_iters=32)
+    if "model" not in one:  # it diverged
+        return one["row"]
     model, row, tokens = one["model"], one["row"], one["data"]["val"]
     tokens = tokens[len(tokens) // 2 :]
     names = ("step", "predictor_accuracy", "predictor_base_rate", "predictor_recall", "taken")
@@ -222,14 +223,14 @@ def draw(rows, path):
 
 
 def main(argv=None):
-    sets = {"all": wanted}
-    parser = runner.arguments(__doc__.split("\n\n")[0].strip(), sets, "results/routing", "out-routing")
-    args = parser.parse_args(argv)
+    sets = {"all": wanted, "draw": runner.nothing}
+    args = runner.arguments(__doc__.split("\n\n")[0].strip(), sets, "out-routing").parse_args(argv)
     with errors_in_one_line("routing.py", "try fewer --jobs"):
-        work = functools.partial(execute, dataset="shakespeare_works", device=pick_device("auto"))
-        done = runner.run_all(sets[args.set], isoflop.Run, work, args.results, args.folder, args.jobs)
-        draw(list(done.values()), args.results / "routing.png")
-        print(table(list(done.values())))
+        train_one = isoflop.prepared(execute, args.results, "shakespeare_works", "auto")
+        done = runner.run_all(sets[args.set], isoflop.Run, train_one, args.results, args.jobs)
+        rows = [row for row in done.values() if row["report"]]
+        draw(rows, args.results / "routing.png")
+        print(table(rows))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 
-SEEDS = (1, 2, 3)  # the first one for all choices
+SEEDS = (1, 2, 3, 4)  # the first is for choices, and the figures are of the others
 FACTOR = 2  # between two learning rates
 
 
@@ -69,65 +69,84 @@ def read(results, run_class):
     return done
 
 
-def run_all(wanted, run_class, execute, results, folder, jobs):
+def run_all(wanted, run_class, execute, results, jobs):
     """
     Train what `wanted` asks for until it asks for nothing more; returns {run: line}.
 
-    execute(run, folder) trains one run, in a process of its own, and returns its line; folder is its own, for what it
-    needs on the way.
+    execute(run, folder) trains one run, in a process of its own, and returns its line; folder is for what it keeps on
+    the way, to go on from. Where one run fails the others under way are finished first.
     """
     done = read(results, run_class)
     if not wanted(done):
         return done
     results.mkdir(parents=True, exist_ok=True)
+    stopped = []  # signals
 
-    def ask_to_stop():
-        for process in multiprocessing.active_children():
-            process.terminate()  # train.py saves then
+    def ask_to_stop(number, frame):
+        if stopped:
+            raise KeyboardInterrupt("Stopped at once; the lines of finished runs are whole")
+        stopped.append(number)
+        if number == signal.SIGTERM:  # for us alone; a Ctrl-C reaches the workers too
+            for process in multiprocessing.active_children():
+                process.terminate()  # a training run saves then (Windows knows no such request: there it is lost)
 
-    def stop(*_):
-        ask_to_stop()
-        raise KeyboardInterrupt("Stopped; the same command goes on")
-
-    before = signal.signal(signal.SIGTERM, stop)  # for us alone; a Ctrl-C reaches our processes too
-    begun = sum(run.budget for run in done)
-    bar = tqdm(unit="FLOP", unit_scale=True, initial=begun, disable=None, dynamic_ncols=True, smoothing=0)
-    running = {}
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
+    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(unit="FLOP", unit_scale=True, initial=cost(done), disable=None, dynamic_ncols=True, smoothing=0)
+    context = multiprocessing.get_context("spawn")
+    running, failed = {}, None
+    try:
+        with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=ignore_signals) as pool:
             while True:
                 todo = [run for run in wanted(done) if run not in running.values()]
-                for run in todo[: jobs - len(running)]:
-                    running[pool.submit(execute, run, folder / run.name)] = run
+                if not failed and not stopped:
+                    for run in todo[: jobs - len(running)]:
+                        running[pool.submit(execute, run, results / "under-way" / run.name)] = run
                 if not running:
                     break
-                missing = {*todo, *running.values()}
-                bar.total = sum(run.budget for run in {*missing, *done})
-                bar.set_postfix_str(f"{len(done)} runs done, at least {len(missing)} missing")
+                bar.total = cost({*done, *todo, *running.values()})
+                bar.set_postfix_str(f"{len(done)} runs done, at least {len({*todo, *running.values()})} missing")
                 for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
-                    row, run = future.result(), running.pop(future)
+                    run = running.pop(future)
+                    if future.exception():
+                        failed = failed or future.exception()
+                        continue
+                    done[run] = row = future.result()
                     with open(results / "runs.jsonl", "a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
-                    done[run] = row
-                    shutil.rmtree(folder / run.name, ignore_errors=True)
+                    shutil.rmtree(results / "under-way" / run.name, ignore_errors=True)
                     bar.update(run.budget)
-                    bar.write(
-                        f"{run.name}: {row['report']['val_loss_causal']:.4f}" if row["report"] else f"{run.name}: -"
-                    )
-        except Exception:
-            ask_to_stop()
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            bar.close()
+                    loss = f"{row['report']['val_loss_causal']:.4f}" if row["report"] else "diverged"
+                    bar.write(f"{run.name}: {loss}")
+    finally:
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if stopped:
+        raise KeyboardInterrupt("Stopped; the same command goes on")
+    if failed:
+        raise failed
     return done
 
 
-def arguments(description, sets, results, folder):
+def cost(runs):
+    return sum(run.budget for run in runs)
+
+
+def ignore_signals():
+    """In a worker, whenever it is not in training (train.py then has handlers of its own)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def arguments(description, sets, results):
     """A parser for what all experiments take."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("set", choices=sets, help="what to run")
+    parser.add_argument("set", choices=sets, help="what to run; draw: nothing, only what is there is drawn and printed")
     parser.add_argument("--results", type=Path, default=Path(results), help="folder of runs.jsonl (%(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path(folder), help="for runs under way (%(default)s)")
     parser.add_argument("--jobs", type=int, default=torch.get_num_threads(), help="runs at once (%(default)s)")
     return parser
+
+
+def nothing(done):
+    """The set `draw`."""
+    return []
