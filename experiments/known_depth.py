@@ -222,7 +222,8 @@ def main(argv=None):
     with errors_in_one_line("known_depth.py", "try fewer --jobs"):
         done = runner.run_all(sets[args.set], Run, execute, args.results, args.jobs)
         models = ordered(done)
-        draw(models, args.results / "known_depth.png")
+        if models:
+            draw(models, args.results / "known_depth.png")
         print(table(models))
 
 

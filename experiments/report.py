@@ -428,6 +428,8 @@ def short(budget):
 
 def write(models, results):
     """Draw the pictures into the folder `results`; returns the tables."""
+    if not budgets_of(models):
+        return f"No comparison is whole yet; the lines of single runs are in {results / 'runs.jsonl'}"
     draw_curves(models, results / "curves.png")
     parts = [table(models)]
     if any(changes(models, budget)[1] for budget in budgets_of(models)):

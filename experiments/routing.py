@@ -229,7 +229,8 @@ def main(argv=None):
         train_one = isoflop.prepared(execute, args.results, "shakespeare_works", "auto")
         done = runner.run_all(sets[args.set], isoflop.Run, train_one, args.results, args.jobs)
         rows = [row for row in done.values() if row["report"]]
-        draw(rows, args.results / "routing.png")
+        if rows:
+            draw(rows, args.results / "routing.png")
         print(table(rows))
 
 
