@@ -442,8 +442,9 @@ def test_another_context_is_compared_with_its_rival():
     done = made_up([1, 1.619, 1.620, 1.621])
     done |= lines_of(replace(MOD, block_size=256), [1, 1.509, 1.510, 1.511])
     done |= lines_of(replace(DENSE, block_size=256), [1, 1.499, 1.500, 1.501])
+    done |= lines_of(replace(MOD, route_every=0), [1, 1.7, 1.7, 1.7])
     table = report.ablation_table(report.models_of(done))
-    assert "context 256, against its rival" in table and "+0.67 % ±" in table
+    assert "context 256, against its rival" in table and "+0.67 % ±" in table and "no block routed" in table
 
 
 def test_the_pictures_can_be_drawn(tmp_path):

@@ -201,7 +201,7 @@ CHANGED = {"capacity", "route_every", "selection", "causal_method", "variant", "
 def label(option, value):
     names = {
         "capacity": f"capacity {value}",
-        "route_every": {1: "every block routed", 3: "every third block routed"}.get(value),
+        "route_every": {0: "no block routed", 1: "every block routed", 3: "every third block routed"}.get(value),
         "selection": f"{value} routing",
         "causal_method": "auxiliary loss on the router, no predictor",
         "variant": value,
