@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from configurator import UserError, errors_in_one_line, load, option, pick_device
 from mod import GPT, GPTConfig, KVCache, forward_flops, pick_token
+from mode import MoDEConfig, kind_of
 from train import TrainConfig, autocast, configure_optimizer, resolve
 
 
@@ -34,6 +35,10 @@ class BenchConfig:
     vocab_size: int = option(65, "vocabulary")
     capacity: float = option(GPTConfig.capacity, "share of the tokens that a routed block processes")
     route_every: int = option(GPTConfig.route_every, "2: every other block is routed")
+    n_expert: int = option(0, "experts in each routed block, see mode.py; with them only training is measured")
+    n_noop: int = option(0, "no-op experts beside them")
+    expert_capacity: float = option(MoDEConfig.expert_capacity, "share of a block's tokens that each expert takes")
+    staged: bool = option(False, "True: staged MoDE")
     part: str = option("both", "what to measure", choices=("both", "training", "sampling"))
     batch_size: int = option(16, "training: sequences per step; sampling is measured with batches of 1 and 16")
     new_tokens: int = option(64, "sampling: tokens to generate after a prompt of block_size - new_tokens")
@@ -60,9 +65,12 @@ def bench(options):
             raise UserError(f"{name} must be at least {least}, got {getattr(options, name)}")
     if options.part != "training" and options.new_tokens >= options.block_size:
         raise UserError(f"new_tokens must leave room for a prompt in block_size {options.block_size}; make it smaller")
-    names = {field.name for field in dataclasses.fields(GPTConfig)} & asdict(options).keys()
+    kind, _ = kind_of(asdict(options))
+    if kind is MoDEConfig and options.part != "training":
+        raise UserError("sampling is measured without experts; with them take --part=training")
+    names = {field.name for field in dataclasses.fields(kind)} & asdict(options).keys()
     try:
-        mod = GPTConfig(**{name: getattr(options, name) for name in names}, bias=False)
+        mod = kind(**{name: getattr(options, name) for name in names}, bias=False)
     except ValueError as error:
         raise UserError(str(error)) from None
     if options.route_every > options.n_layer:
@@ -137,7 +145,7 @@ def bench_training(configs, options, machine):
 def training_step(config, batch_size, machine):
     """A function that makes one training step (forward, backward, clipping, AdamW) on random tokens."""
     torch.manual_seed(0)
-    model = GPT(config).to(machine.device)
+    model = kind_of(asdict(config))[1](config).to(machine.device)
     optimizer = configure_optimizer(model, machine)
     idx = torch.randint(config.vocab_size, (batch_size, config.block_size), device=machine.device)
     if machine.compile == "True":

@@ -1,14 +1,20 @@
 """The invariants of mode.py that mod.py does not share; those that hold for all models are in test_mod.py."""
 
 import copy
+import dataclasses
+import os
+import signal
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import mode
+import sample
+import train
 from mod import MLP, Block, GPTConfig
 from test_mod import EXPERTS, close, inputs, make, tokens
+from test_train import dataset, equal, tiny, weights_of  # noqa: F401
 
 experts = pytest.mark.parametrize("kind", EXPERTS, ids=["moe", "staged", "integrated"])
 biased = pytest.mark.parametrize("bias", [True, False])
@@ -182,3 +188,26 @@ def test_the_auxiliary_loss_is_the_mean_over_all_who_decide(kind):
 def test_options_that_cannot_work_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         mode.MoDEConfig(**options)
+
+
+@experts
+def test_a_run_with_experts_resumes_to_the_same_weights_samples_and_says_what_it_is(kind, tiny, capsys):  # noqa: F811
+    whole = dataclasses.replace(tiny, **kind)
+    train.train(whole)
+    said = capsys.readouterr().out
+    name = "MoE (1 of 2 blocks with 3 experts at 25.0% capacity)"
+    if kind.get("staged"):
+        name = "MoDE (1 of 2 blocks with 3 experts at 25.0% capacity, routed at 12.5%)"
+    if kind.get("n_noop"):
+        name = "MoDE (1 of 2 blocks with 2 experts at 12.5% capacity and 2 no-ops)"
+    assert name in said and "predictor" in said
+    half = dataclasses.replace(whole, out_dir=whole.out_dir + "-half")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "report", lambda row, n: str(row["step"] == 3 and os.kill(os.getpid(), signal.SIGTERM)))
+        train.train(half)
+    train.train(dataclasses.replace(half, resume=True))
+    ours, theirs = weights_of(half.out_dir), weights_of(whole.out_dir)
+    assert equal(ours, theirs)
+    capsys.readouterr()
+    sample.main([f"--out_dir={whole.out_dir}", "--max_new_tokens=20", "--device=cpu", "--show_depth"])
+    assert "of 2 blocks" in capsys.readouterr().err

@@ -89,7 +89,16 @@ def test_two_ranks_equal_two_micro_steps_of_one_process_bit_for_bit(small, start
 
 
 @slow
-@pytest.mark.parametrize("options", [dict(route_every=0), dict(), dict(selection="stochastic", dropout=0.2)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(route_every=0),
+        dict(),
+        dict(selection="stochastic", dropout=0.2),
+        dict(n_expert=2, n_noop=1),
+        dict(n_expert=2, staged=True),
+    ],
+)
 def test_one_two_and_four_ranks_agree_in_float64(small, start, options):
     config = dataclasses.replace(small, gradient_accumulation_steps=4, **options)
     states = []

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # draws to a file, needs no screen
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 from checkpoint import write_whole
 from experiments.runner import SEEDS
@@ -247,11 +248,14 @@ def draw_curves(models, path):
                 best = best_of(chosen)
                 axes.plot(best[x], best.mean(), marker="*", markersize=15, color=look["color"], zorder=5)
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
             axes.set_xlabel(label)
             axes.grid(alpha=0.3, which="both")
         dense, mod = (best_of(plain(models, budget, kind)) for kind in ("dense", "MoD"))
-        low = min(model.mean() for kind in LOOKS for model in plain(models, budget, kind))
-        row[0].set_ylim(low - 0.02, low + 0.25)
+        means = [model.mean() for kind in LOOKS for model in plain(models, budget, kind)]
+        row[0].set_ylim(min(means) - 0.02, max(means) + 0.02)
         row[0].set_ylabel("held-out loss, causal (nats per character)")
         row[0].set_title(
             f"{short(budget)} training FLOPs: best MoD (star) {signed(difference(mod, dense))} against best dense",
