@@ -21,13 +21,14 @@ def blocks():
     """The generated parts, {NAME: text}."""
     results = ROOT / "results"
     models = report.models_of(runner.read(results / "isoflop", isoflop.Run))
-    learned = list(runner.read(results / "routing", isoflop.Run).values())
+    learned = sorted(runner.read(results / "routing", isoflop.Run).values(), key=lambda row: row["run"]["seed"])
     known = known_depth.ordered(runner.read(results / "known_depth", known_depth.Run))
     return {
         "claims": report.claims(models, learned),
         "isoflop": report.table(models),
         "changes": report.ablation_table(models),
-        "routing": routing.table(learned),
+        "lengths": routing.table(learned),
+        "preferences": routing.preferences(learned),
         "known depth": known_depth.table(known),
     }
 

@@ -171,6 +171,18 @@ def table(rows):
     return "\n".join(lines)
 
 
+def preferences(rows):
+    """The characters of which each routed block takes most."""
+    lines = ["| seed | routed block | the characters that it takes most, and the share of them |", "|--:|--:|---|"]
+    for row in rows:
+        for i, characters in enumerate(row["learned"]["most_taken"], start=1):
+            shown = [
+                f"`{c}`".replace("\n", "\\n").replace("` `", "space") + f" {share:.0%}" for c, share in characters[:6]
+            ]
+            lines.append(f"| {row['run']['seed']} | {i} | {', '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def draw(rows, path):
     """Four views of what the routed blocks take: kind of character, entropy, position; and how well it is foretold."""
     figure, ((classes, entropy), (position, training)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
@@ -231,7 +243,7 @@ def main(argv=None):
         rows = [row for row in done.values() if row["report"]]
         if rows:
             draw(rows, args.results / "routing.png")
-        print(table(rows))
+        print(f"{table(rows)}\n\n{preferences(rows)}")
 
 
 if __name__ == "__main__":
