@@ -128,7 +128,8 @@ def clocked(work, device):
 def bench_training(configs, options, machine):
     flops = {name: forward_flops(config, config.block_size) for name, config in configs.items()}
     flop_ratio = flops["mod"] / flops["dense"]
-    print(f"Training, predicted: a MoD step has {flop_ratio:.3f} of the dense step's FLOPs")
+    kind = "MoDE" if isinstance(configs["mod"], MoDEConfig) else "MoD"
+    print(f"Training, predicted: a {kind} step has {flop_ratio:.3f} of the dense step's FLOPs")
     steps = {name: training_step(config, options.batch_size, machine) for name, config in configs.items()}
     seconds = in_turn(lambda name, repeat: clocked(steps[name], machine.device)[0], options)
     mod, dense = statistics.median(seconds["mod"]), statistics.median(seconds["dense"])

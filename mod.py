@@ -258,7 +258,8 @@ def forward_flops(config, T, taken=None):
 
     taken=None is the top-k pass of training. For causal routing give the number of tokens that each routed block took,
     first block first (in a batch a block computes the largest count of its rows for each row that takes any). By
-    convention a training step costs 3 times the forward pass: the backward pass has two products for each one.
+    convention a training step costs 3 times the forward pass: the backward pass has two products for each one. (With
+    experts `taken` holds pairs, see mode.py.)
     """
     routed = sum(config.is_routed(layer) for layer in range(config.n_layer))
     if taken is None:

@@ -41,10 +41,12 @@ class MoDEConfig(GPTConfig):
         return max(1, math.floor(self.expert_capacity * T + 1e-9))
 
     def routed_block_flops(self, T, taken=None):
-        """taken: (n tokens that the block takes, their number at each expert); n = T without a router of the block."""
+        """taken, of a batch of one: (the tokens that come to the experts, those of the busiest one); None: top-k."""
         C, h, E = self.n_embd, self.predictor_hidden, self.n_expert
-        n = self.capacity_in_tokens(T) if self.staged else T
-        n, at_each = taken or (n, self.expert_capacity_in_tokens(n))
+        if taken is None:
+            n = self.capacity_in_tokens(T) if self.staged else T
+            taken = n, self.expert_capacity_in_tokens(n)
+        n, at_each = taken
         around = 8 * n * C * C + 4 * n * n * C + (self.decision_flops(T) if self.staged else 0)
         decision = 2 * n * C * (E + self.n_noop) + 2 * n * (C * h + h * E)
         return around + decision + 16 * E * at_each * C * C
@@ -70,8 +72,9 @@ class Experts(nn.Module):
         return self.dropout(self.linear(h, self.c_proj, self.c_proj_bias))  # (E, n, C)
 
     def linear(self, x, weight, bias):
-        y = torch.bmm(x, weight)
-        return y if bias is None else y + bias.view(len(weight), 1, weight.size(-1))
+        if bias is None:
+            return torch.bmm(x, weight)
+        return torch.baddbmm(bias.view(len(weight), 1, weight.size(-1)), x, weight)
 
 
 class Mixture(nn.Module):
@@ -81,14 +84,18 @@ class Mixture(nn.Module):
         p_i = softmax(W x_i) over experts, no-ops included: never over tokens, so that a weight cannot see the future
         y_i = sum over the real experts e that take token i of p_ie MLP_e(x_i)
 
-    Expert choice, as in MoD: each real expert takes the k tokens of the sequence with its largest p. A token may be
-    taken by several experts or by none; then y_i = 0 and it stays what it was on the residual stream. That a token's
-    probability goes to a no-op makes it less likely to be taken at all.
+    Expert choice, as in MoD: each real expert takes the k tokens of the sequence with its largest p_e. A token may be
+    taken by several experts or by none; then y_i = 0 and it stays what it was on the residual stream. A no-op changes
+    which tokens are taken, not how many: what a token gives to it, the real experts do not see.
+
+    Without the future, expert e takes the tokens whose e-th logit is positive, as in RoutedBlock: a predictor behind a
+    stop-gradient learns to foretell top-k; the weight stays p. After a pass `taken` and `logits` are (B, T, E).
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.routing = "topk"  # the block's, which sets it: mod.py calls an MLP with x alone
         self.taken = self.logits = None
         self.router = nn.Linear(config.n_embd, config.n_expert + config.n_noop, bias=False)
         self.predictor = nn.Sequential(
@@ -119,7 +126,11 @@ class Mixture(nn.Module):
         return (picked + row).flatten(0, 1).T, p.gather(1, picked).flatten(0, 1).T  # (E, B * k)
 
     def pick_causal(self, p):
-        """For each expert the tokens with a positive logit, n as many as the busiest has; the padding has weight 0."""
+        """
+        For each expert the tokens with a positive logit, and their p; (E, n), n the tokens of the busiest expert.
+
+        The others are padded, by weight 0: simple, but all experts compute when one of them takes a token.
+        """
         self.taken = self.logits > 0  # (B, T, E)
         taken = self.taken.flatten(0, 1)  # (B * T, E)
         n = max(taken.sum(dim=0).tolist(), default=0)
@@ -138,7 +149,8 @@ class WithExperts:
         self.mlp = Mixture(config)
 
     def forward(self, x, routing="topk", past=None):
-        self.mlp.routing = routing  # where mod.py calls its MLP, routing is no longer at hand
+        self.mlp.routing = routing
+        self.mlp.taken = self.mlp.logits = None  # a staged block that takes no token does not come to its experts
         return super().forward(x, routing, past)
 
 
@@ -147,7 +159,8 @@ class MixtureBlock(WithExperts, Block):
 
     @property
     def taken(self):
-        return self.mlp.taken.any(dim=-1)  # (B, T), by any expert
+        """(B, T): by any expert. Attention is for all."""
+        return None if self.mlp.taken is None else self.mlp.taken.any(dim=-1)
 
 
 class StagedBlock(WithExperts, RoutedBlock):
@@ -164,10 +177,9 @@ class MoDE(GPT):
 
     @property
     def deciders(self):
-        mixtures = Mixture if self.config.n_expert else ()  # no-ops alone decide nothing
-        return [module for module in self.modules() if isinstance(module, (RoutedBlock, mixtures))]
+        return [module for module in self.modules() if isinstance(module, (RoutedBlock, Mixture))]
 
 
 def kind_of(options):
     """The config class and the model class for a dict of options: those of mod.py where no experts are asked for."""
-    return (MoDEConfig, MoDE) if options.get("n_expert") or options.get("n_noop") else (GPTConfig, GPT)
+    return (MoDEConfig, MoDE) if options.get("n_expert") else (GPTConfig, GPT)

@@ -65,7 +65,9 @@ def group_by_setting(runs):
         not_in_key = {"seed", "out_dir", "dataset"}
         if not run["config"]["route_every"]:  # these do nothing in a dense model
             not_in_key |= {"capacity", "selection", "causal_method", "predictor_hidden", "aux_weight"}
-            not_in_key |= {"n_expert", "n_noop", "expert_capacity", "staged"}
+            not_in_key |= {"n_expert", "n_noop", "staged"}
+        experts = run["config"]["route_every"] and run["config"].get("n_expert")
+        not_in_key |= {"expert_capacity"} if not experts else set() if run["config"]["staged"] else {"capacity"}
         setting = {name: value for name, value in run["config"].items() if name not in not_in_key}
         key = json.dumps([setting, run["facts"]["data"]["text_sha256"]], sort_keys=True)
         while any(run["config"]["seed"] == other["config"]["seed"] for other in by_setting.get(key, [])):
@@ -79,6 +81,8 @@ def name_of(group):
         return group[0]["name"]
     config = group[0]["config"]
     kind = "MoD" if "taken" in group[0]["rows"][-1] else "dense"
+    if config.get("n_expert") and kind == "MoD":
+        kind = "MoDE" if config["staged"] or config["n_noop"] else "MoE"
     return f"{kind} {config['n_layer']} x {config['n_embd']}, {len(group)} seeds: {Path(group[0]['name']).name}, ..."
 
 

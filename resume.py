@@ -118,7 +118,8 @@ def load(out_dir, model, parts, config, info):
         raise UserError(
             f"{out_dir} was trained on {found['data']['source']!r}, not on {info['data']['source']!r}; see --dataset"
         )
-    shape = differences(found["model"], asdict(model.config))
+    none = {"n_expert": 0, "n_noop": 0, "staged": False}  # in a model without experts
+    shape = differences({**none, **found["model"]}, {**none, **asdict(model.config)})
     if shape:
         raise UserError(f"the run in {out_dir} has another model: {shape}. Resume with its own options")
     may_differ = ("out_dir", "resume")

@@ -42,7 +42,7 @@ def make(seed=0, **changes):
     model = kind(config(**{**TINY, **changes})).double().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.dim() >= 2 and "_bias" not in name:
+            if p.dim() >= 2:
                 p.mul_(10.0 if "router" in name or "predictor" in name else 5.0)
             else:
                 p.add_(0.1 * torch.randn_like(p))

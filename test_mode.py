@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import mode
 import sample
 import train
+from configurator import UserError
 from mod import MLP, Block, GPTConfig
 from test_mod import EXPERTS, close, inputs, make, tokens
 from test_train import dataset, equal, tiny, weights_of  # noqa: F401
@@ -117,13 +118,10 @@ def test_one_expert_that_takes_all_tokens_is_the_dense_mlp(bias):
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_no_ops_alone_add_nothing():
-    model = make(n_expert=0, n_noop=3)
-    mixture = model.routed_blocks[0].mlp
-    for mixture.routing in ("topk", "causal"):
-        assert not mixture(inputs()).any()
+    block = mode.MixtureBlock(mode.MoDEConfig(n_expert=0, n_noop=3, n_embd=16, n_head=2)).double()
     x = inputs()
-    block = model.routed_blocks[0]
-    assert torch.equal(block(x), x + block.attn(block.ln_1(x)))
+    for routing in ("topk", "causal"):
+        assert torch.equal(block(x, routing), x + block.attn(block.ln_1(x)))
 
 
 @experts
@@ -138,15 +136,72 @@ def test_each_expert_takes_exactly_its_capacity_of_each_row(kind, T):
 
 
 def test_a_token_that_prefers_a_no_op_is_weighted_less_and_taken_less():
-    model = make(n_expert=2, n_noop=1, bias=False)
+    model = make(n_expert=2, n_noop=1, expert_capacity=0.25, bias=False)
     mixture = model.routed_blocks[0].mlp
-    mixture.routing = "topk"
     x = inputs(B=1, T=8)
+    towards = x[0, 3] / x[0, 3].norm() ** 2
     with torch.no_grad():
         mixture.router.weight.zero_()
-        mixture.router.weight[2] = 100 * x[0, 3] / x[0, 3].norm() ** 2  # the no-op wants token 3
-    mixture(x)
-    assert not mixture.taken[0, 3].any()
+        mixture.router.weight[:2] = towards  # the experts want token 3
+        mixture(x)
+        assert mixture.taken[0, 3].all()
+        before = mixture.pick_topk(mixture.router(x).softmax(dim=-1)[..., :2])[1].max()
+        mixture.router.weight[2] = 100 * towards  # so does the no-op, more
+        mixture(x)
+        assert not mixture.taken[0, 3].any()
+        assert mixture.router(x).softmax(dim=-1)[0, 3, :2].max() < before / 10
+
+
+def test_the_experts_begin_as_mlps_do():
+    torch.manual_seed(0)
+    experts = mode.MoDE(mode.MoDEConfig(n_layer=8, n_embd=96, n_head=3, vocab_size=10)).routed_blocks[0].mlp.experts
+    assert experts.c_fc.std().item() == pytest.approx(0.02, rel=0.05)
+    assert experts.c_proj.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert not experts.c_fc_bias.any() and not experts.c_proj_bias.any()
+
+
+def test_a_staged_block_that_takes_no_token_leaves_no_old_decisions():
+    model = make(n_expert=3, staged=True)
+    block = model.routed_blocks[0]
+    block(inputs())
+    block.predictor[-1].bias.data -= 1e3
+    block(inputs(), "causal")
+    assert not block.taken.any() and block.mlp.taken is None
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(staged=True), "staged and n_noop are about experts"),
+        (dict(n_noop=2), "staged and n_noop are about experts"),
+        (dict(n_expert=2, route_every=0), "no block has them"),
+        (dict(n_expert=2, n_layer=1), "no block has them"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(tiny, options, message):  # noqa: F811
+    with pytest.raises(UserError, match=message):
+        train.train(dataclasses.replace(tiny, **options))
+
+
+@pytest.mark.parametrize(
+    "before, now", [(dict(), dict(n_expert=2)), (dict(n_expert=2), dict(n_expert=3)), (dict(n_expert=2), {})]
+)
+def test_a_run_goes_on_with_its_own_experts_only(tiny, before, now):  # noqa: F811
+    train.train(dataclasses.replace(tiny, **before))
+    with pytest.raises(UserError, match="another model: n_expert was"):
+        train.train(dataclasses.replace(tiny, **now, resume=True))
+
+
+def test_a_mixture_starts_from_a_dense_model_and_not_from_another_mixture(tiny, capsys):  # noqa: F811
+    start = dataclasses.replace(tiny, n_expert=2, out_dir=tiny.out_dir + "-start")
+    train.train(start)
+    after = dataclasses.replace(tiny, init_from=start.out_dir, n_expert=3)
+    with pytest.raises(UserError, match="does not fit: n_expert was 2, now 3"):
+        train.train(after)
+    train.train(dataclasses.replace(after, n_expert=2))
+    dense = dataclasses.replace(tiny, route_every=0, out_dir=tiny.out_dir + "-dense")
+    train.train(dense)
+    train.train(dataclasses.replace(tiny, init_from=dense.out_dir, n_expert=3))
 
 
 @experts

@@ -58,7 +58,9 @@ class TrainConfig:
     n_embd: int = option(384, "width")
     dropout: float = option(0.0, "probability of dropping an activation in training")
     bias: bool = option(False, "biases in linear layers and LayerNorms; GPT-2 has them")
-    capacity: float = option(GPTConfig.capacity, "share of the tokens that a routed block processes, in (0, 1]")
+    capacity: float = option(
+        GPTConfig.capacity, "share of the tokens that a routed block processes, in (0, 1]; with experts: if staged"
+    )
     route_every: int = option(
         GPTConfig.route_every, "2: every other block is routed; 1: every block; 0: none, a plain dense GPT"
     )
@@ -308,6 +310,13 @@ def model_config(config, meta):
     names = {field.name for field in dataclasses.fields(kind)}
     values = {name: value for name, value in asdict(config).items() if name in names}
     values["vocab_size"] = config.vocab_size or meta["vocab_size"]
+    if not config.n_expert and (config.staged or config.n_noop):
+        raise UserError("staged and n_noop are about experts; give their number too, such as --n_expert=4")
+    if config.n_expert and not 0 < config.route_every <= config.n_layer:
+        raise UserError(
+            f"n_expert {config.n_expert}, but no block has them: experts are in the blocks that route_every "
+            f"{config.route_every} routes among {config.n_layer}"
+        )
     try:
         return kind(**values)
     except ValueError as error:
@@ -330,6 +339,8 @@ def start_from(folder, model, meta):
         must_fit.append("vocab_size")
     if before["block_size"] < ours["block_size"]:
         must_fit.append("block_size")
+    if "n_expert" in before and "n_expert" in ours:  # a mixture cannot be taken over in part
+        must_fit += ["n_expert", "n_noop"]
     shape = resume.differences({name: before[name] for name in must_fit}, ours)
     if shape:
         raise UserError(f"the model in {folder} does not fit: {shape}")

@@ -5,7 +5,7 @@
 out_dir = "out-shakespeare-mode-integrated"
 n_expert = 4
 n_noop = 4
-expert_capacity = 0.125  # of the tokens for each: half of the places are left to the no-ops
+expert_capacity = 0.125  # of the tokens for each: half of the computation of the one MLP in their place
 n_layer = 6
 n_head = 6
 n_embd = 384
