@@ -91,7 +91,7 @@ def execute(run, folder):
     torch.manual_seed(run.seed)
     settings = dict(MODELS[run.model])
     variant = VARIANTS.get(settings.pop("variant", ""), mod.RoutedBlock)
-    with mock.patch.object(mod, "RoutedBlock", variant):
+    with mock.patch.object(mod, "RoutedBlock", variant), runner.ending_at_once():
         shape = {"n_layer": 4, "n_head": 2, "n_embd": 64, "block_size": T, "vocab_size": VOCABULARY, "bias": False}
         model = GPT(GPTConfig(**{**shape, **settings}))
         step_flops = 3 * BATCH * forward_flops(model.config, T)

@@ -10,6 +10,7 @@ A run is a frozen dataclass with learning_rate, seed, budget and name. A set is 
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import math
 import multiprocessing
@@ -136,6 +137,17 @@ def ignore_signals():
     """In a worker, whenever it is not in training (train.py then has handlers of its own)."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def ending_at_once():
+    """For a run that keeps nothing on the way: to be asked to stop ends it."""
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def arguments(description, sets, results):
