@@ -108,7 +108,11 @@ def difference(a, b):
 
 def signed(difference):
     percent, half = difference
-    return f"{percent:+.2f} %" + (f" ± {half:.2f}" if half < math.inf else " (one seed)")
+    return signed_percent(percent) + (f" ± {half:.2f}" if half < math.inf else " (one seed)")
+
+
+def signed_percent(value):
+    return f"{value:+.2f} %".replace("-0.00", "+0.00")
 
 
 def budgets_of(models):
@@ -402,7 +406,7 @@ def claim_6(pairs):
         costs = [100 * (c / t - 1) for c, t in zip(mod.losses(), mod.losses("topk"))]
         accuracy = [row["report"]["predictor_accuracy"] for row in mod.rows]
         cost, right = max(cost, statistics.mean(costs)), min(right, *accuracy)
-        here.append(f"{short(b)}: {statistics.mean(costs):+.2f} % loss, at least {min(accuracy):.1%} foretold")
+        here.append(f"{short(b)}: loss {signed_percent(statistics.mean(costs))}, at least {min(accuracy):.1%} foretold")
     verdict = "reproduced" if cost < 0.3 and right > 0.97 else "partly" if cost < 0.3 else "not"
     return f"{'; '.join(here)} (base rate 87.5 %)", verdict, ISOFLOP
 

@@ -155,8 +155,14 @@ def arguments(description, sets, results):
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("set", choices=sets, help="what to run; draw: nothing, only what is there is drawn and printed")
     parser.add_argument("--results", type=Path, default=Path(results), help="folder of runs.jsonl (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=torch.get_num_threads(), help="runs at once (%(default)s)")
+    parser.add_argument("--jobs", type=at_least_one, default=torch.get_num_threads(), help="runs at once (%(default)s)")
     return parser
+
+
+def at_least_one(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number, at least 1; got {text!r}")
+    return int(text)
 
 
 def nothing(done):
