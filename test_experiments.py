@@ -438,6 +438,23 @@ def test_a_claim_about_what_was_not_run_is_open():
     assert "| partly, at 1e13 |" in fifth()
 
 
+def test_the_last_claim_needs_all_kinds_of_experts_in_one_shape():
+    done = made_up([1, 1.619, 1.620, 1.621]) | lines_of(replace(MOD, route_every=0), [1, 1.7, 1.7, 1.7])
+    losses = {"MoE": 1.610, "MoE, lowered capacity": 1.640, "staged MoDE": 1.600, "integrated MoDE": 1.630}
+
+    def last():
+        return report.claims(report.models_of(done), []).splitlines()[9]
+
+    for name, loss in losses.items():
+        assert "| open |" in last()
+        done |= lines_of(replace(MOD, **isoflop.EXPERTS[name]), [1, loss, loss, loss + 0.001])
+    assert "| reproduced, at 1e13 |" in last() and "staged MoDE against MoE -0.62 %" in last()
+    assert report.expert_table(report.models_of(done)).count("\n") == 7
+    done |= lines_of(replace(MOD, **isoflop.EXPERTS["MoE, lowered capacity"]), [1, 1.62, 1.62, 1.62])
+    assert "| partly, at 1e13 |" in last()
+    assert not report.changes(report.models_of(done), 1e13)[1][1:]  # experts are no change of the MoD model
+
+
 def test_another_context_is_compared_with_its_rival():
     done = made_up([1, 1.619, 1.620, 1.621])
     done |= lines_of(replace(MOD, block_size=256), [1, 1.509, 1.510, 1.511])

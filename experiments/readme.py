@@ -27,6 +27,7 @@ def blocks():
         "claims": report.claims(models, learned),
         "isoflop": report.table(models),
         "changes": report.ablation_table(models),
+        "experts": report.expert_table(models),
         "lengths": routing.table(learned),
         "preferences": routing.preferences(learned),
         "known depth": known_depth.table(known),

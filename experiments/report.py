@@ -215,6 +215,53 @@ def label(option, value):
     return names[option]
 
 
+def expert_table(models):
+    """Dense, MoD, MoE and MoDE of one shape at equal training FLOPs."""
+    lines = ["| FLOPs | model | parameters | FLOPs/token | steps | rate | causal | top-k | against MoE |"]
+    lines.append("|--:|---|--:|--:|--:|--:|--:|--:|--:|")
+    for budget, kinds in with_experts(models).items():
+        for name, model in kinds.items():
+            cells = [
+                short(budget),
+                f"{name}, {model.name}",
+                f"{model['parameters']:,}",
+                f"{model['forward_flops_per_token']:,.0f}",
+                f"{model['steps']:,}",
+                f"{model.run.learning_rate:g}",
+                spread(model.losses()),
+                spread(model.losses("topk")) if model.run.route_every else "same",
+                "" if name == "MoE" else signed(difference(model, kinds["MoE"])),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+EXPERT_KINDS = ("dense", "MoD", "MoE", "MoE, lowered capacity", "staged MoDE", "integrated MoDE")
+
+
+def with_experts(models):
+    """Where all of EXPERT_KINDS were trained in one shape, with all seeds: {budget: {kind: model}}."""
+    found = {}
+    for model in models:
+        run = model.run
+        shape = run.budget, run.n_layer, run.n_embd
+        if model.complete and (run.n_expert or model in plain(models, run.budget, model.kind)):
+            found.setdefault(shape, {})[expert_kind(run)] = model
+    return {
+        shape[0]: {name: kinds[name] for name in EXPERT_KINDS}
+        for shape, kinds in sorted(found.items())
+        if set(EXPERT_KINDS) <= kinds.keys()
+    }
+
+
+def expert_kind(run):
+    if not run.n_expert:
+        return "MoD" if run.route_every else "dense"
+    if run.staged or run.n_noop:
+        return "staged MoDE" if run.staged else "integrated MoDE"
+    return "MoE" if run.n_expert * run.expert_capacity == 1 else "MoE, lowered capacity"
+
+
 # Pictures
 
 
@@ -328,7 +375,7 @@ def claims(models, routing):
         ("5. 12.5 % in every other block is best; stochastic routing fails", "yes; drastically worse", claim_5(models)),
         ("6. Without the future the loss is next to the same", "foretold 97-99 %", claim_6(pairs)),
         ("7. Routing is structured and goes with the entropy of the prediction", "pictures", claim_7(routing)),
-        ("8. The gains of MoD and of experts add up", "yes", ("not run yet", "open", "`isoflop.py experts`")),
+        ("8. The gains of MoD and of experts add up", "yes", claim_8(models)),
     ]
     lines = ["| claim | paper | here | verdict | command |", "|---|---|---|---|---|"]
     return "\n".join(lines + [f"| {' | '.join((claim, paper, *found))} |" for claim, paper, found in rows])
@@ -430,6 +477,20 @@ def claim_7(routing):
     return here, "reproduced" if uncertain == len(ranks) else "partly", ROUTING
 
 
+def claim_8(models):
+    """Staged MoDE is better than MoD and than MoE; integrated MoDE is better than MoE of the same lowered capacity."""
+    found = with_experts(models)
+    if not found:
+        return "not run yet", "open", "`isoflop.py experts`"
+    budget, kinds = list(found.items())[-1]
+    pairs = [("staged MoDE", "MoD"), ("staged MoDE", "MoE"), ("integrated MoDE", "MoE, lowered capacity")]
+    differences = {pair: difference(*(kinds[name] for name in pair)) for pair in pairs}
+    here = "; ".join(f"{a} against {b} {signed(d)}" for (a, b), d in differences.items())
+    held = [percent < -half for percent, half in differences.values()]
+    verdict = "reproduced" if all(held) else "partly" if any(held) else "not"
+    return here, f"{verdict}, at {short(budget)}", "`isoflop.py experts`"
+
+
 def short(budget):
     return f"{budget:.0e}".replace("+", "")
 
@@ -443,4 +504,6 @@ def write(models, results):
     if any(changes(models, budget)[1] for budget in budgets_of(models)):
         draw_changes(models, results / "changes.png")
         parts.append(ablation_table(models))
+    if with_experts(models):
+        parts.append(expert_table(models))
     return "\n\n".join(parts)
