@@ -173,7 +173,7 @@ def table(models):
             f"{model.run.learning_rate:g}",
             report.spread([row["report"]["accuracy_causal"] for row in model.rows], "{:.3f}"),
             report.spread([row["report"]["accuracy_topk"] for row in model.rows], "{:.3f}"),
-            "; ".join(" ".join(one) for one in taken),
+            "; ".join(" ".join(one) for one in taken if one),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
