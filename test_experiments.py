@@ -458,6 +458,7 @@ def test_the_last_claim_needs_all_kinds_of_experts_in_one_shape():
 def test_another_context_is_compared_with_its_rival():
     done = made_up([1, 1.619, 1.620, 1.621])
     done |= lines_of(replace(MOD, block_size=256), [1, 1.509, 1.510, 1.511])
+    assert "context" not in report.ablation_table(report.models_of(done))  # not without it
     done |= lines_of(replace(DENSE, block_size=256), [1, 1.499, 1.500, 1.501])
     done |= lines_of(replace(MOD, route_every=0), [1, 1.7, 1.7, 1.7])
     table = report.ablation_table(report.models_of(done))

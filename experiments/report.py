@@ -193,11 +193,13 @@ def changes(models, budget):
             rivals[model.run.block_size] = model
         elif len(changed) == 1 and changed.keys() <= CHANGED:
             others.append((label(*changed.popitem()), model, base))
-    others = [
-        (f"{name}, against its rival" if "context" in name else name, model, rivals.get(model.run.block_size, rival))
-        for name, model, rival in others
+    same_context = [other for other in others if other[1].run.block_size == base.run.block_size]
+    other_context = [
+        (f"{name}, against its rival", model, rivals[model.run.block_size])
+        for name, model, _ in others
+        if model.run.block_size in rivals
     ]
-    return base, sorted(others, key=lambda other: other[0])
+    return base, sorted([*same_context, *other_context], key=lambda other: other[0])
 
 
 CHANGED = {"capacity", "route_every", "selection", "causal_method", "variant", "block_size"}
@@ -353,7 +355,7 @@ ISOFLOP, ROUTING = "`isoflop.py full`", "`experiments/routing.py all`"
 
 
 def claims(models, routing):
-    """The paper's claims 1 to 7 beside what was measured; routing: lines of experiments/routing.py."""
+    """The paper's claims beside what was measured; routing: lines of experiments/routing.py."""
     pairs = {b: [best_of(plain(models, b, kind)) for kind in LOOKS] for b in budgets_of(models)}
     rows = [
         (
