@@ -1,6 +1,5 @@
 """The experiments: what is run next, what is measured, and that the README says what the results say."""
 
-import contextlib
 import json
 import math
 import os
@@ -116,8 +115,9 @@ def test_a_set_that_is_stopped_goes_on_inside_its_runs_and_ends_the_same(tmp_pat
     results, stops, resumed = tmp_path / "stopped", 0, False
     while True:
         process = start(results)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=6 + stops)
+        # Stopped once, when a run has its first checkpoint; how long that takes depends on the machine.
+        while process.poll() is None and (stops or not list(results.glob("under-way/*/run/last.json"))):
+            time.sleep(0.05)
         if process.poll() is not None:
             assert process.returncode == 0, process.stderr.read()
             break
