@@ -290,17 +290,22 @@ def test_the_explorer_picks_almost_at_random_at_first_and_like_mod_at_the_end():
 
 
 def test_the_answers_of_the_known_task_follow_from_its_definition():
-    x, y, start = known_depth.texts((1, 2), 50)
-    for letters, answers, begin in zip(x.tolist(), y.tolist(), start.tolist()):
-        for t, letter in enumerate(letters):
-            if not begin <= t < begin + 8:
-                assert letter < 26 and answers[t] == letter
-            elif t == begin:
-                value = letter - 26
-                assert 0 <= value < 3 and answers[t] == letter
-            else:
-                value = {29: [1, 2, 0], 30: [1, 0, 2], 31: [0, 2, 1]}[letter][value]
-                assert answers[t] == 26 + value
+    for letters in ("dice", "copied"):
+        x, y, start = known_depth.texts((1, 2), 50, letters)
+        for text, answers, begin in zip(x.tolist(), y.tolist(), start.tolist()):
+            numbers = text[begin : begin + 8]
+            assert all(26 <= t < 31 for t in numbers)
+            assert all(t < 26 for t in text[:begin] + text[begin + 8 :])
+            follower = {}
+            for t, number in enumerate(numbers):
+                if t:
+                    follower[numbers[t - 1]] = number
+                assert answers[begin + t] == follower.get(number, number)
+            outside = [(a, b) for i, (a, b) in enumerate(zip(text, answers)) if not begin <= i < begin + 8]
+            assert all(b < 26 for _, b in outside)
+            assert all(a == b for a, b in outside) == (letters == "copied")
+    example = torch.tensor([3, 1, 4, 1, 3, 0, 1, 2])
+    assert known_depth.answers(example[None].numpy()).tolist() == [[3, 1, 4, 4, 1, 0, 3, 2]]
     again, _, _ = known_depth.texts((1, 2), 50)
     other, _, _ = known_depth.texts((1, 3), 50)
     assert torch.equal(x, again) and not torch.equal(x, other)
@@ -310,15 +315,31 @@ def test_the_known_tasks_measurements_see_a_model_that_knows_it_all():
     class Knows(GPT):
         def forward(self, idx, targets=None, routing="topk"):
             super().forward(idx, targets, routing)
-            for block in self.routed_blocks:  # exactly the expressions
+            for block in self.routed_blocks:  # exactly the numbers
                 block.taken = idx >= 26
-            return torch.nn.functional.one_hot(targets, known_depth.VOCABULARY) * 100.0, None
+            x, y, _ = known_depth.texts(1, known_depth.MEASURED)
+            assert torch.equal(idx, x)
+            return torch.nn.functional.one_hot(y, known_depth.VOCABULARY) * 100.0, None
 
-    model = Knows(GPTConfig(block_size=64, vocab_size=known_depth.VOCABULARY, n_layer=4, n_head=2, n_embd=16))
+    model = Knows(GPTConfig(block_size=64, vocab_size=known_depth.VOCABULARY, n_layer=2, n_head=2, n_embd=16))
     found = known_depth.measure(model, 1)
-    assert found["accuracy_causal"] == 1 and found["by_operations_topk"] == [1.0] * 8
-    assert found["expression_taken_causal"] == [1.0, 1.0] and found["taken_topk"] == [0.125, 0.125]
+    assert found["accuracy_causal"] == 1 and found["by_place_topk"] == [1.0] * 8
+    assert found["numbers_taken_causal"] == 1 and found["taken_topk"] == 0.125
+    assert known_depth.share_of_numbers(found) == 1
+    assert found["taken_around_causal"][7:17] == [0.0, *[1.0] * 8, 0.0]
     assert found["val_loss_causal"] < 1e-6
+
+
+def test_learn_looks_at_the_model_without_changing_what_it_learns():
+    seen, weights = [], []
+    for look in (None, seen.append):
+        torch.manual_seed(1)
+        model = known_depth.model_of({})
+        known_depth.learn(model, lambda step: known_depth.texts(step, 4)[:2], 5, 1e-3, seed=1, look=look, every=2)
+        weights.append(model.state_dict())
+        assert not model.training
+    assert seen == [0, 2, 4, 5]
+    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values()))
 
 
 # What the router learned

@@ -3,25 +3,29 @@ A task of which it is known which tokens need depth: does the router send exactl
 
     python experiments/known_depth.py all
 
-Each text is 64 letters with one expression among them, at a random place: a number and seven operations,
+Each text is 64 letters, among them eight numbers from 0 to 4, at a random place:
 
-    h w q o 1 r s r t t s r k e b ...
+    h w q o 3 1 4 1 3 0 1 2 k e b ...
 
-The answer to a letter is the letter itself, which takes no thought. The answer to the number is the number; to each
-operation, what it makes of the answer before it (the operations are permutations of 0, 1, 2, and do not commute). So a
-model must hand on a result from token to token, the further the deeper: an answer after seven operations takes several
-layers. One token in eight is part of the expression: as many as a routed block of 12.5 % capacity can take.
+The answer to a number is the number that followed it the last time, a number that is new answers itself:
 
-Measured on expressions that were held out. (Their beginnings were not: there are few short ones.) Dense and routed
-models are trained with the same FLOPs; learning rates, seeds and lines of runs.jsonl as in isoflop.py. A run that is
-stopped begins anew.
+            3 1 4 4 1 0 3 2
+
+A model must find out which number stands before each number, and then find the last one that stands after a number such
+as this: two looks back, and the second needs what the first has found. That is hard for one block and easy for two. The
+answer to a letter is a throw of dice, so there is nothing to find. One token in eight is a number: as many as a routed
+block of 12.5 % capacity can take.
+
+One model is trained on other letters, whose answer is the letter itself: easily learned, and there are more of them.
+
+Dense and routed models are trained with the same FLOPs; learning rates, seeds and lines of runs.jsonl as in isoflop.py.
+A run that is stopped begins anew.
 """
 
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,37 +33,31 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # run as a script, this file's own folder stands there alone
-import mod  # noqa: E402
 from configurator import errors_in_one_line  # noqa: E402
 from experiments import report, runner  # noqa: E402
-from experiments.variants import VARIANTS  # noqa: E402
-from mod import GPT, GPTConfig, forward_flops  # noqa: E402
+from mod import GPT, GPTConfig, evaluating, forward_flops  # noqa: E402
 from train import TrainConfig, configure_optimizer, learning_rate_at, seed_of  # noqa: E402
 
-T, LENGTH, LETTERS = 64, 8, 26
-OPERATIONS = np.array([[1, 2, 0], [1, 0, 2], [0, 2, 1]])  # what each makes of 0, 1, 2
-VOCABULARY = LETTERS + 3 + len(OPERATIONS)
-# All expressions, (6561, LENGTH): the number, then the operations. One in eight is never trained on.
-EXPRESSIONS = np.indices((3,) * LENGTH).reshape(LENGTH, -1).T
-HELD_OUT = np.arange(len(EXPRESSIONS)) % 8 == 0
-BATCH, MEASURED = 32, 1024  # sequences
+T, LENGTH, LETTERS, NUMBERS = 64, 8, 26, 5
+VOCABULARY = LETTERS + NUMBERS
+BATCH, MEASURED = 32, 1024  # texts
 AROUND = (-8, 2 * LENGTH)
-BUDGET = 5e12  # training FLOPs
+BUDGET = 7.5e11  # training FLOPs
 
 MODELS = {
-    "dense, 4 layers": {"route_every": 0},
-    "dense, 2 layers": {"route_every": 0, "n_layer": 2},  # the MoD model without its routed blocks
+    "dense, 2 layers": {"route_every": 0},
+    "dense, 1 layer": {"route_every": 0, "n_layer": 1},  # the MoD model without its routed block
     "MoD": {},
-    "MoD, picks explored": {"variant": "explores"},
     "stochastic routing": {"selection": "stochastic"},
     "position-only routing": {"selection": "position"},
+    "MoD, letters with an answer": {"letters": "copied"},
 }
 
 
 @dataclass(frozen=True)
 class Run:
     model: str  # a name in MODELS
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3  # where the search begins
     seed: int = runner.SEEDS[0]
     budget: float = BUDGET
 
@@ -68,79 +66,108 @@ class Run:
         return f"{self.model}, {self.learning_rate:g}, seed {self.seed}"
 
 
-def texts(seed, n, held_out=False):
-    """n texts and their answers (n, T), and where their expressions begin (n,). Either kind has its own expressions."""
+def model_of(options):
+    """The model for options of GPTConfig."""
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": T, "vocab_size": VOCABULARY, "bias": False}
+    return GPT(GPTConfig(**{**shape, **options}))
+
+
+def texts(seed, n, letters="dice"):
+    """n texts and their answers (n, T), and where their numbers begin (n,). Letters: "dice" or "copied"."""
     rng = np.random.default_rng(seed)
     x = rng.integers(LETTERS, size=(n, T))
-    y = x.copy()
+    dice = rng.integers(LETTERS, size=(n, T))
+    y = x.copy() if letters == "copied" else dice
     start = rng.integers(T - LENGTH + 1, size=n)
-    row = np.arange(n)
-    kind = EXPRESSIONS[HELD_OUT if held_out else ~HELD_OUT]
-    value, *operations = kind[rng.integers(len(kind), size=n)].T
-    x[row, start] = y[row, start] = LETTERS + value
-    for i, operation in enumerate(operations, start=1):
-        value = OPERATIONS[operation, value]
-        x[row, start + i] = LETTERS + 3 + operation
-        y[row, start + i] = LETTERS + value
+    numbers = rng.integers(NUMBERS, size=(n, LENGTH))
+    row, place = np.arange(n)[:, None], start[:, None] + np.arange(LENGTH)
+    x[row, place], y[row, place] = LETTERS + numbers, LETTERS + answers(numbers)
     return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(start)
+
+
+def answers(numbers):
+    """The right answers to numbers (n, LENGTH)."""
+    result = numbers.copy()
+    for place in range(LENGTH):
+        for earlier in range(place):  # the last one that is equal overwrites those before it
+            equal = numbers[:, earlier] == numbers[:, place]
+            result[equal, place] = numbers[equal, earlier + 1]
+    return result
+
+
+def learn(model, batch, steps, learning_rate, seed, look=None, every=1):
+    """
+    Train the model by train.py's recipe on batch(step), inputs and targets (B, T); returns the last loss.
+
+    look(step), if given, is called in evaluation mode at every `every`-th step, before it, and after the last one.
+    """
+    config = TrainConfig(learning_rate=learning_rate, min_lr=learning_rate / 10, max_iters=steps)
+    config = replace(config, warmup_iters=steps // 20)
+    optimizer = configure_optimizer(model, config)
+    for step in range(steps):
+        if look and step % every == 0:
+            with evaluating(model):
+                look(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, config)
+        x, y = batch(step)
+        torch.manual_seed(seed_of(seed, step))  # the stochastic control's noise
+        _, loss = model(x, y, routing="topk")
+        (loss + config.aux_weight * model.aux_loss).backward()
+        for part in (".predictor.", ""):  # apart, as in train.py
+            parameters = [p for name, p in model.named_parameters() if (".predictor." in name) == bool(part)]
+            torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    if look:
+        look(steps)
+    return loss.item()
 
 
 def execute(run, folder):
     """Train and measure one run; returns its line of runs.jsonl. It keeps nothing in the folder."""
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
-    settings = dict(MODELS[run.model])
-    variant = VARIANTS.get(settings.pop("variant", ""), mod.RoutedBlock)
-    with mock.patch.object(mod, "RoutedBlock", variant), runner.ending_at_once():
-        shape = {"n_layer": 4, "n_head": 2, "n_embd": 64, "block_size": T, "vocab_size": VOCABULARY, "bias": False}
-        model = GPT(GPTConfig(**{**shape, **settings}))
-        step_flops = 3 * BATCH * forward_flops(model.config, T)
-        steps = int(run.budget // step_flops)
-        config = TrainConfig(learning_rate=run.learning_rate, min_lr=run.learning_rate / 10, max_iters=steps)
-        config = replace(config, warmup_iters=steps // 20)
-        optimizer = configure_optimizer(model, config)
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, config)
-            torch.manual_seed(seed_of(run.seed, step))
-            x, y, _ = texts((run.seed, step), BATCH)
-            _, loss = model(x, y, routing="topk")
-            (loss + config.aux_weight * model.aux_loss).backward()
-            for part in (".predictor.", ""):  # apart, as in train.py
-                parameters = [p for name, p in model.named_parameters() if (".predictor." in name) == bool(part)]
-                torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
+    options = dict(MODELS[run.model])
+    letters = options.pop("letters", "dice")
+    model = model_of(options)
+    step_flops = 3 * BATCH * forward_flops(model.config, T)
+    steps = int(run.budget // step_flops)
+    with runner.ending_at_once():
+        last = learn(
+            model, lambda step: texts((run.seed, step), BATCH, letters)[:2], steps, run.learning_rate, run.seed
+        )
         row = {"run": asdict(run), "steps": steps, "flops": steps * step_flops}
         row |= {"parameters": model.num_parameters(), "forward_flops_per_token": forward_flops(model.config, T) / T}
-        model.eval()
-        if not math.isfinite(loss.item()):
+        if not math.isfinite(last):
             return row | {"choose": None, "report": None}
         return row | {"choose": measure(model, 1), "report": measure(model, 2)}
 
 
 @torch.no_grad()
 def measure(model, seed):
-    """Loss and accuracy within the expressions of held-out texts, and what the routed blocks took."""
-    x, y, start = texts(seed, MEASURED, held_out=True)
+    """Loss and accuracy on the numbers of texts that no run is trained on, and what the routed block took."""
+    x, y, start = texts(seed, MEASURED)
     inside = start[:, None] + torch.arange(LENGTH)  # (n, LENGTH)
     result = {}
     for routing in ("topk", "causal"):
-        logits, _ = model(x, y, routing=routing)
+        logits, _ = model(x, routing=routing)
         right = (logits.argmax(-1) == y).gather(1, inside).double()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), y, reduction="none").gather(1, inside)
         result[f"val_loss_{routing}"] = losses.mean().item()
         result[f"accuracy_{routing}"] = right.mean().item()
-        result[f"by_operations_{routing}"] = [round(share, 4) for share in right.mean(dim=0).tolist()]
-        taken = [block.taken for block in model.routed_blocks]
-        result[f"taken_{routing}"] = [t.double().mean().item() for t in taken]
-        result[f"expression_taken_{routing}"] = [t.gather(1, inside).double().mean().item() for t in taken]
-        result[f"taken_around_{routing}"] = [around(t, start) for t in taken]
+        result[f"by_place_{routing}"] = [round(share, 4) for share in right.mean(dim=0).tolist()]
+        for block in model.routed_blocks:  # one in all models here
+            taken = block.taken
+            result[f"taken_{routing}"] = taken.double().mean().item()
+            result[f"numbers_taken_{routing}"] = taken.gather(1, inside).double().mean().item()
+            result[f"taken_around_{routing}"] = around(taken, start)
     return result
 
 
 def around(taken, start):
-    """The share taken at each place from AROUND[0] to AROUND[1], counted from where the expression begins."""
+    """The share taken at each place from AROUND[0] to AROUND[1], counted from where the numbers begin."""
     places = start[:, None] + torch.arange(*AROUND)  # (n, places)
     there = (places >= 0) & (places < T)
     hit = taken.gather(1, places.clamp(0, T - 1)) & there
@@ -162,56 +189,64 @@ def ordered(done):
 
 
 def table(models):
-    lines = ["| model | FLOPs/token | steps | rate | accuracy | with top-k | expression tokens taken, block by block |"]
-    lines.append("|---|--:|--:|--:|--:|--:|---|")
+    lines = [
+        "| model | FLOPs/token | steps | rate | accuracy | with top-k | of the numbers, taken | of the taken, numbers |"
+    ]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
     for model in models:
-        taken = [[f"{share:.0%}" for share in row["report"]["expression_taken_causal"]] for row in model.rows]
+        found = [row["report"] for row in model.rows]
+        recall = precision = [""]
+        if "taken_causal" in found[0]:
+            recall = [f"{one['numbers_taken_causal']:.0%}" for one in found]
+            precision = [f"{share_of_numbers(one):.0%}" for one in found]
         cells = [
             model.run.model,
             f"{model['forward_flops_per_token']:,.0f}",
             f"{model['steps']:,}",
             f"{model.run.learning_rate:g}",
-            report.spread([row["report"]["accuracy_causal"] for row in model.rows], "{:.3f}"),
-            report.spread([row["report"]["accuracy_topk"] for row in model.rows], "{:.3f}"),
-            "; ".join(" ".join(one) for one in taken if one),
+            report.spread([one["accuracy_causal"] for one in found], "{:.3f}"),
+            report.spread([one["accuracy_topk"] for one in found], "{:.3f}") if recall[0] else "same",
+            ", ".join(recall),
+            ", ".join(precision),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def share_of_numbers(found):
+    """Of the tokens that the routed block takes in the causal pass, how many are numbers."""
+    return found["numbers_taken_causal"] * LENGTH / T / found["taken_causal"] if found["taken_causal"] else 0.0
+
+
 def draw(models, path):
-    """Accuracy by the number of operations, and what the routed blocks take in and around the expressions."""
-    shown = [model for model in models if model.run.model in ("MoD", "MoD, picks explored")]
-    figure, panels = plt.subplots(1, 1 + len(shown), figsize=(6 + 4 * len(shown), 4.2), layout="constrained")
-    looks = zip(
-        ("o-", "s--", "^-", "v:", "D-.", "x:"), ("#1f4e79", "#7a7a7a", "#d1495b", "#e39b00", "#4b7f52", "#8d6fae")
+    """The accuracy of each model, and what the routed block takes on the numbers and around them."""
+    shown = [model for model in models if model.run.model in ("MoD", "MoD, letters with an answer")]
+    figure, panels = plt.subplots(1, 1 + len(shown), figsize=(6 + 4 * len(shown), 3.6), layout="constrained")
+    for y, model in enumerate(reversed(models)):
+        accuracy = [row["report"]["accuracy_causal"] for row in model.rows]
+        look = report.LOOKS["MoD" if "MoD" in model.run.model else "dense"]
+        panels[0].plot(accuracy, [y] * len(accuracy), look["marker"], color=look["color"], alpha=0.6)
+        panels[0].plot(np.mean(accuracy), y, "|", color=look["color"], markersize=16)
+    panels[0].set_yticks(
+        range(len(models)),
+        [f"{model.run.model}\n{model['forward_flops_per_token']:,.0f} FLOPs/token" for model in reversed(models)],
+        fontsize=8,
     )
-    for model, (style, color) in zip(models, looks):
-        curve = np.mean([row["report"]["by_operations_causal"] for row in model.rows], axis=0)
-        panels[0].plot(curve, style, color=color, label=model.run.model, markersize=5)
-    panels[0].axhline(1 / 3, color="black", linewidth=0.8, linestyle=":")
-    panels[0].text(0, 1 / 3, "chance", va="bottom", fontsize=8)
-    panels[0].set_xlabel("operations before the answer")
-    panels[0].set_ylabel("share of right answers, causal")
-    panels[0].set_title(f"At {report.short(BUDGET)} training FLOPs (mean of 3 seeds)", loc="left", fontsize=10)
-    panels[0].legend(fontsize=8)
+    panels[0].set_xlim(-0.02, 1.02)
+    panels[0].grid(axis="x", alpha=0.3)
+    panels[0].set_xlabel("share of right answers to the numbers, causal; a mark for each seed")
+    panels[0].set_title(f"Equal training FLOPs: {report.short(BUDGET)}", loc="left", fontsize=10)
     for axes, model in zip(panels[1:], shown):
-        for row in model.rows:
-            for i, share in enumerate(row["report"]["taken_around_causal"]):
-                axes.plot(
-                    range(*AROUND),
-                    share,
-                    ("-", "--", ":")[i % 3],
-                    color=f"C{i}",
-                    alpha=0.8,
-                    label=f"routed block {i + 1}" if row is model.rows[0] else None,
-                )
+        for row, style in zip(model.rows, ("o-", "s--", "^:")):
+            share = row["report"]["taken_around_causal"]
+            seed = f"seed {row['run']['seed']}"
+            axes.plot(range(*AROUND), share, style, color=report.LOOKS["MoD"]["color"], markersize=4, label=seed)
         axes.axvspan(-0.5, LENGTH - 0.5, color="black", alpha=0.08)
         axes.set_ylim(-0.03, 1.03)
-        axes.set_xlabel("place, counted from the start of the expression (grey)")
-        axes.set_ylabel("share of the tokens taken, causal")
-        mean = np.mean([row["report"]["expression_taken_causal"] for row in model.rows])
-        axes.set_title(f"{model.run.model}: {mean:.0%} of the expression taken", loc="left", fontsize=10)
+        axes.set_xlabel("place, counted from the first number; grey: the numbers")
+        axes.set_ylabel("share taken by the routed block, causal")
+        mean = np.mean([row["report"]["numbers_taken_causal"] for row in model.rows])
+        axes.set_title(f"{model.run.model}: {mean:.0%} of the numbers taken", loc="left", fontsize=10)
         axes.legend(fontsize=8)
     report.save(figure, path)
 
