@@ -67,10 +67,12 @@ class Run:
 
 
 SIZES = {
+    1e12: ((1, 32), (1, 64), (1, 96), (1, 128), (2, 32), (2, 64)),
     3e12: ((1, 32), (1, 64), (1, 96), (1, 128), (2, 32), (2, 64), (2, 96), (3, 32), (3, 64)),
     1e13: ((1, 64), (1, 96), (1, 128), (1, 192), (2, 64), (2, 96), (2, 128), (3, 64), (3, 96), (3, 128)),
     3e13: ((2, 96), (2, 128), (3, 96), (3, 128), (4, 128)),
 }
+WITH_ABLATIONS = (3e12, 1e13)
 
 
 def compared(budget, sizes, done):
@@ -113,7 +115,7 @@ def changed(run):
     """The MoD model with one thing changed."""
     return [
         *(replace(run, capacity=share) for share in (0.0625, 0.25, 0.5, 1.0)),
-        *(replace(run, route_every=n) for n in (1, 3)),
+        *(replace(run, route_every=n) for n in (1, 3) if n <= run.n_layer),
         *(replace(run, selection=name) for name in ("stochastic", "position")),
         replace(run, causal_method="router"),
         *(replace(run, variant=name) for name in VARIANTS),
@@ -157,7 +159,7 @@ def laptop(done):
 
 def full(done):
     """All budgets, the cheap ones first: wherever it is stopped, whole budgets stand there."""
-    todo = [(ablations if budget <= 1e13 else compared)(budget, sizes, done) for budget, sizes in SIZES.items()]
+    todo = [(ablations if b in WITH_ABLATIONS else compared)(b, sizes, done) for b, sizes in SIZES.items()]
     return [run for part in todo for run in part]
 
 

@@ -425,6 +425,15 @@ def test_the_interval_of_a_difference_is_students():
     assert half == pytest.approx(4.303 * math.hypot(0.1, 0.001) / math.sqrt(3) / 1.6 * 100, rel=1e-3)
 
 
+def test_the_crossover_lies_on_the_line_and_its_interval_knows_when_there_is_none():
+    exact = {1e12: (2.0, 1e-6), 1e13: (1.0, 1e-6)}  # one percent for each factor of ten
+    assert report.crossover(exact) == pytest.approx([1e14] * 3, rel=1e-3)
+    assert report.crossover(exact, level=-1.5) == pytest.approx([10**15.5] * 3, rel=1e-3)
+    assert report.crossover({1e12: (1.0, 1e-6), 1e13: (1.5, 1e-6)}) == [math.inf] * 3
+    low, middle, high = report.crossover({1e12: (2.0, 1.0), 1e13: (1.0, 1.0)})
+    assert 1e13 < low < middle < high == math.inf and middle == pytest.approx(1e14, rel=0.1)
+
+
 @pytest.mark.parametrize(
     "losses, verdict",
     [

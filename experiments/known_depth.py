@@ -27,9 +27,9 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # run as a script, this file's own folder stands there alone
@@ -221,7 +221,8 @@ def share_of_numbers(found):
 def draw(models, path):
     """The accuracy of each model, and what the routed block takes on the numbers and around them."""
     shown = [model for model in models if model.run.model in ("MoD", "MoD, letters with an answer")]
-    figure, panels = plt.subplots(1, 1 + len(shown), figsize=(6 + 4 * len(shown), 3.6), layout="constrained")
+    figure = Figure(figsize=(6 + 4 * len(shown), 3.6), layout="constrained")
+    panels = figure.subplots(1, 1 + len(shown), squeeze=False)[0]
     for y, model in enumerate(reversed(models)):
         accuracy = [row["report"]["accuracy_causal"] for row in model.rows]
         look = report.LOOKS["MoD" if "MoD" in model.run.model else "dense"]

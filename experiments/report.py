@@ -4,16 +4,17 @@ import math
 import statistics
 from dataclasses import asdict, dataclass, replace
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws to a file, needs no screen
-import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib import ticker
+from matplotlib.figure import Figure  # no pyplot: it draws to files, and leaves a notebook's own drawing alone
 
 from checkpoint import write_whole
 from experiments.runner import SEEDS
 
-LOOKS = {"dense": dict(color="#1f4e79", marker="o", linestyle="-"), "MoD": dict(color="#d1495b", marker="s", ls="--")}
+LOOKS = {
+    "dense": dict(color="#1f4e79", marker="o", linestyle="-"),
+    "MoD": dict(color="#d1495b", marker="s", linestyle="--"),
+}
 
 
 # Half of a 95 % interval in standard errors: Student's t with 2 degrees of freedom, the least that three seeds have.
@@ -120,6 +121,11 @@ def budgets_of(models):
     budgets = sorted({model.run.budget for model in models})
     pairs = {b: [plain(models, b, kind) for kind in LOOKS] for b in budgets}
     return [b for b, both in pairs.items() if all(both) and all(best_of(part).complete for part in both)]
+
+
+def best_pairs(models):
+    """{budget: [best dense, best MoD]} where the comparison is whole."""
+    return {b: [best_of(plain(models, b, kind)) for kind in LOOKS] for b in budgets_of(models)}
 
 
 def rival_of(model, models):
@@ -271,9 +277,8 @@ def draw_curves(models, path):
     """The isoFLOP curves: loss over parameters and over FLOPs per forward pass, a row for each budget."""
     budgets = budgets_of(models)
     axes_names = {"parameters": "parameters", "forward_flops_per_token": "FLOPs per token of a forward pass"}
-    figure, panels = plt.subplots(
-        len(budgets), 2, figsize=(11, 4.2 * len(budgets)), layout="constrained", squeeze=False, sharey="row"
-    )
+    figure = Figure(figsize=(11, 4.2 * len(budgets)), layout="constrained")
+    panels = figure.subplots(len(budgets), 2, squeeze=False, sharey="row")
     for row, budget in zip(panels, budgets):
         for axes, (x, label) in zip(row, axes_names.items()):
             for kind, look in LOOKS.items():
@@ -319,17 +324,72 @@ def draw_curves(models, path):
     save(figure, path)
 
 
+def distances(models):
+    """{budget: how far the best MoD lies above the best dense GPT, in percent, and half of its 95 % interval}."""
+    return {b: difference(mod, dense) for b, (dense, mod) in best_pairs(models).items()}
+
+
+def crossover(found, level=0.0, draws=20_000):
+    """
+    From which budget on the best MoD is `level` percent above the best dense GPT, if the distances found at smaller
+    budgets go on along a straight line over the budget's logarithm. Their uncertainty is drawn from Student's t, as
+    their intervals are.
+
+    Returns the 2.5, 50 and 97.5 % quantiles of that budget; infinite where the line does not fall.
+    """
+    x = np.log10(list(found))
+    mean, half = np.array(list(found.values())).T
+    error = half / T_95
+    drawn = mean[:, None] + error[:, None] * np.random.default_rng(0).standard_t(2, size=(len(x), draws))
+    slope, offset = np.polyfit(x, drawn, 1, w=1 / error)
+    with np.errstate(divide="ignore"):
+        crossing = np.where(slope < 0, (level - offset) / slope, np.inf)
+    return [10.0**q if q < 300 else math.inf for q in np.quantile(crossing, (0.025, 0.5, 0.975), method="nearest")]
+
+
+def crossover_in_words(models):
+    found = distances(models)
+    if len(found) < 2:
+        return "Two budgets are needed to say how the distance goes with the budget."
+    lines = ["| FLOPs | best MoD against best dense | against its rival |", "|--:|--:|--:|"]
+    for b, distance in found.items():
+        mod = best_of(plain(models, b, "MoD"))
+        lines.append(f"| {short(b)} | {signed(distance)} | {signed(difference(mod, rival_of(mod, models)))} |")
+    for level, name in ((0.0, "Level with the best dense GPT"), (-1.5, "1.5 % below it")):
+        low, middle, high = (
+            "never" if math.isinf(q) else f"{q:.0e} FLOPs".replace("+", "") for q in crossover(found, level)
+        )
+        lines.append(f"\n{name}, if this went on along a straight line: {middle} (95 %: from {low} to {high}).")
+    return "\n".join(lines)
+
+
+def draw_crossover(models, path):
+    """The distance of the best MoD from the best dense GPT over the budget."""
+    found = distances(models)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    mean, half = zip(*found.values())
+    axes.errorbar(list(found), mean, yerr=half, capsize=4, **LOOKS["MoD"])
+    axes.axhline(0, color=LOOKS["dense"]["color"], label="the best dense GPT")
+    axes.axhline(-1.5, color="black", linestyle=":", label="the paper, at 6e18 FLOPs and more: up to 1.5 % below")
+    axes.set_xscale("log")
+    axes.set_xlabel("training FLOPs")
+    axes.set_ylabel("held-out loss of the best MoD, percent above")
+    axes.set_title("How far the best MoD lies above the best dense GPT (95 % intervals)", loc="left", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, path)
+
+
 def save(figure, path):
     write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=110))
-    plt.close(figure)
 
 
 def draw_changes(models, path):
     """What one change in the best MoD model does, a row for each budget at which it was tried."""
     budgets = [budget for budget in budgets_of(models) if changes(models, budget)[1]]
-    figure, panels = plt.subplots(
-        len(budgets), 1, figsize=(8, 0.8 + 4.5 * len(budgets)), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(8, 0.8 + 4.5 * len(budgets)), layout="constrained")
+    panels = figure.subplots(len(budgets), 1, squeeze=False)
     for axes, budget in zip(panels[:, 0], budgets):
         base, others = changes(models, budget)
         others = [(name, model) for name, model, rival in others if rival is base]
@@ -356,7 +416,7 @@ ISOFLOP, ROUTING = "`isoflop.py full`", "`experiments/routing.py all`"
 
 def claims(models, routing):
     """The paper's claims beside what was measured; routing: lines of experiments/routing.py."""
-    pairs = {b: [best_of(plain(models, b, kind)) for kind in LOOKS] for b in budgets_of(models)}
+    pairs = best_pairs(models)
     rows = [
         (
             "1. At equal training FLOPs the best MoD is at or below the best dense GPT",
@@ -503,6 +563,9 @@ def write(models, results):
         return f"No comparison is whole yet; the lines of single runs are in {results / 'runs.jsonl'}"
     draw_curves(models, results / "curves.png")
     parts = [table(models)]
+    if len(budgets_of(models)) > 1:
+        draw_crossover(models, results / "crossover.png")
+        parts.append(crossover_in_words(models))
     if any(changes(models, budget)[1] for budget in budgets_of(models)):
         draw_changes(models, results / "changes.png")
         parts.append(ablation_table(models))

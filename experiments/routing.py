@@ -12,9 +12,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # run as a script, this file's own folder stands there alone
@@ -185,7 +185,8 @@ def preferences(rows):
 
 def draw(rows, path):
     """Four views of what the routed blocks take: kind of character, entropy, position; and how well it is foretold."""
-    figure, ((classes, entropy), (position, training)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (classes, entropy), (position, training) = figure.subplots(2, 2)
     first = rows[0]["learned"]
     blocks = range(len(first["share"]))
     for i in blocks:
