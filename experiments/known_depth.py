@@ -233,10 +233,10 @@ def draw(models, path):
         [f"{model.run.model}\n{model['forward_flops_per_token']:,.0f} FLOPs/token" for model in reversed(models)],
         fontsize=8,
     )
-    panels[0].set_xlim(-0.02, 1.02)
+    panels[0].set_xlim(0.6, 1.02)
     panels[0].grid(axis="x", alpha=0.3)
-    panels[0].set_xlabel("share of right answers to the numbers, causal; a mark for each seed")
-    panels[0].set_title(f"Equal training FLOPs: {report.short(BUDGET)}", loc="left", fontsize=10)
+    panels[0].set_xlabel("share of right answers, causal (a mark for each seed)")
+    panels[0].set_title("Answers to the numbers, at equal training FLOPs", loc="left", fontsize=10)
     for axes, model in zip(panels[1:], shown):
         for row, style in zip(model.rows, ("o-", "s--", "^:")):
             share = row["report"]["taken_around_causal"]
@@ -244,10 +244,10 @@ def draw(models, path):
             axes.plot(range(*AROUND), share, style, color=report.LOOKS["MoD"]["color"], markersize=4, label=seed)
         axes.axvspan(-0.5, LENGTH - 0.5, color="black", alpha=0.08)
         axes.set_ylim(-0.03, 1.03)
-        axes.set_xlabel("place, counted from the first number; grey: the numbers")
-        axes.set_ylabel("share taken by the routed block, causal")
+        axes.set_xlabel("place, from the first number on (grey: numbers)")
+        axes.set_ylabel("share that the routed block takes")
         mean = np.mean([row["report"]["numbers_taken_causal"] for row in model.rows])
-        axes.set_title(f"{model.run.model}: {mean:.0%} of the numbers taken", loc="left", fontsize=10)
+        axes.set_title(f"{model.run.model}\ntakes {mean:.0%} of the numbers", loc="left", fontsize=10)
         axes.legend(fontsize=8)
     report.save(figure, path)
 

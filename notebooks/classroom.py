@@ -1,0 +1,100 @@
+"""
+What the notebooks share: the project's files within reach, one look for all pictures, and the pictures they draw often.
+
+Meant for the beamer: colours that stay apart in greyscale and for colour-blind eyes, and nothing told by colour alone.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a notebook's own folder is all that it sees
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from cycler import cycler  # noqa: E402
+from IPython.display import display  # noqa: E402
+from matplotlib.colors import ListedColormap  # noqa: E402
+
+from depth import visible  # noqa: E402
+
+DARK, RED, GREY, GOLD, BLUE = "#1b1b1b", "#b5173b", "#8a8a8a", "#e3a008", "#5b8fd6"
+plt.rcParams.update(
+    {
+        "axes.prop_cycle": cycler(color=[RED, DARK, BLUE, GOLD, GREY])
+        + cycler(linestyle=["-", "--", "-.", ":", "-"])
+        + cycler(marker=["o", "s", "^", "D", "x"]),
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 11,
+        "figure.constrained_layout.use": True,
+        "figure.dpi": 90,
+        "figure.figsize": (8, 3),
+        "font.size": 10,
+        "grid.alpha": 0.3,
+        "image.cmap": "cividis",
+        "lines.markersize": 4,
+    }
+)
+
+
+# Pictures
+
+
+def columns(axes, x, words, title, marked=(), limit=2.5):
+    """x (T, C) as T columns of C cells, from -limit (dark blue) to limit (yellow); the marked ones framed."""
+    axes.pcolormesh(np.asarray(x.detach()).T, edgecolors="w", linewidth=1, vmin=-limit, vmax=limit)
+    for i in marked:
+        axes.add_patch(plt.Rectangle((i, 0), 1, x.shape[1], fill=False, edgecolor=RED, linewidth=3))
+    axes.set_xticks([i + 0.5 for i in range(len(words))], words)
+    axes.set_yticks([])
+    axes.set_ylabel(f"{x.shape[1]} channels")
+    axes.set_title(title)
+    axes.grid(False)
+
+
+def bars(axes, values, words, title, marked=()):
+    """A bar for each word; the marked ones dark red and hatched."""
+    for i, value in enumerate(np.asarray(torch.as_tensor(values).detach())):
+        axes.bar(i, value, color=RED if i in marked else GREY, hatch="//" if i in marked else None, edgecolor="w")
+    axes.set_xticks(range(len(words)), words)
+    axes.axhline(0, color=DARK, linewidth=0.8)
+    axes.set_title(title)
+
+
+def lengths(axes, values, title):
+    """A horizontal bar for each name of the dict, each with its own hatching."""
+    for (name, value), color, hatch in zip(values.items(), (RED, GREY, DARK), (None, "//", "xx")):
+        axes.barh(name, value, color=color, hatch=hatch, edgecolor="w")
+    axes.invert_yaxis()
+    axes.set_title(title)
+
+
+def routing_map(axes, taken, pieces, title, rows=None):
+    """Which tokens each of the rows (blocks, or what `rows` names) took, the first row on top; taken (L, T)."""
+    taken = np.asarray(taken)
+    axes.pcolormesh(taken, cmap=ListedColormap(["#ececec", RED]), vmin=0, vmax=1, edgecolors="w", linewidth=1)
+    axes.set_xticks([i + 0.5 for i in range(len(pieces))], [visible(p).replace(" ", "␣") for p in pieces])
+    axes.set_yticks([i + 0.5 for i in range(len(taken))], rows or [f"routed block {i + 1}" for i in range(len(taken))])
+    axes.tick_params(length=0, labelsize=8)
+    axes.invert_yaxis()
+    axes.set_title(title)
+    axes.grid(False)
+
+
+class Live:
+    """A picture that is drawn again while a cell runs: draw(axes) each time that `update` is called."""
+
+    def __init__(self, draw, width=8, height=3, panels=1):
+        self.figure, self.axes = plt.subplots(1, panels, figsize=(width, height))
+        self.draw, self.handle = draw, display(display_id=True)
+        plt.close(self.figure)  # or the notebook would show it a second time at the end of the cell
+
+    def update(self):
+        for axes in np.atleast_1d(self.axes):
+            axes.clear()
+        self.draw(self.axes)
+        self.handle.update(self.figure)

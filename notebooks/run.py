@@ -1,0 +1,59 @@
+"""
+Runs notebooks from top to bottom and stores what they print and draw:
+
+    python notebooks/run.py                                   # all of them, some minutes
+    python notebooks/run.py notebooks/03_sampling_without_the_future.ipynb
+
+With the outputs goes a hash of the code that made them: test_notebooks.py sees code that was changed and not run again.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+TIMEOUT = 600  # seconds for a cell
+
+
+def notebooks():
+    return sorted(HERE.glob("*.ipynb"))
+
+
+def code_sha256(notebook):
+    """Of the sources of the code cells, in order."""
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+
+
+def execute(path):
+    """The notebook with its outputs made anew, by a kernel of its own. An error in a cell is raised."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": HERE}})
+    client.execute()
+    # Nothing of this machine and this moment, or each run would change the file.
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+    notebook.metadata = {
+        "code_sha256": code_sha256(notebook),
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return notebook
+
+
+def main():
+    for path in [Path(name) for name in sys.argv[1:]] or notebooks():
+        begun = time.perf_counter()
+        notebook = execute(path)
+        text = nbformat.writes(notebook)  # before the file is touched
+        path.write_text(text + "\n", encoding="utf-8", newline="\n")
+        print(f"{path.name}: {time.perf_counter() - begun:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
