@@ -36,7 +36,7 @@ def test_cells_are_short_and_the_header_says_how_long_it_takes(path):
     assert cells[0].cell_type == "markdown" and "**Run time**" in cells[0].source
     for cell in code_cells(path):
         lines = [line for line in cell.source.splitlines() if line.strip()]
-        assert len(lines) <= 12, cell.source
+        assert len(lines) <= 10, cell.source
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ as this: two looks back, and the second needs what the first has found. That is 
 answer to a letter is a throw of dice, so there is nothing to find. One token in eight is a number: as many as a routed
 block of 12.5 % capacity can take.
 
-One model is trained on other letters, whose answer is the letter itself: easily learned, and there are more of them.
+Some models are trained on other letters, whose answer is the letter itself: easily learned, and there are more of them.
 
 Dense and routed models are trained with the same FLOPs; learning rates, seeds and lines of runs.jsonl as in isoflop.py.
 A run that is stopped begins anew.
@@ -51,6 +51,8 @@ MODELS = {
     "stochastic routing": {"selection": "stochastic"},
     "position-only routing": {"selection": "position"},
     "MoD, letters with an answer": {"letters": "copied"},
+    "dense, 2 layers, letters with an answer": {"route_every": 0, "letters": "copied"},
+    "dense, 1 layer, letters with an answer": {"route_every": 0, "n_layer": 1, "letters": "copied"},
 }
 
 

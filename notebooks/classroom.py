@@ -1,7 +1,7 @@
 """
 What the notebooks share: the project's files within reach, one look for all pictures, and the pictures they draw often.
 
-Meant for the beamer: colours that stay apart in greyscale and for colour-blind eyes, and nothing told by colour alone.
+For the projector: colours that stay apart in greyscale and for colour-blind eyes, and nothing told by colour alone.
 """
 
 import sys
@@ -19,6 +19,7 @@ from matplotlib.colors import ListedColormap  # noqa: E402
 from depth import visible  # noqa: E402
 
 DARK, RED, GREY, GOLD, BLUE = "#1b1b1b", "#b5173b", "#8a8a8a", "#e3a008", "#5b8fd6"
+HATCHED = [dict(color=c, hatch=h, edgecolor="w") for c, h in ((RED, None), (GREY, "//"), (DARK, "xx"))]
 plt.rcParams.update(
     {
         "axes.prop_cycle": cycler(color=[RED, DARK, BLUE, GOLD, GREY])
@@ -44,11 +45,15 @@ plt.rcParams.update(
 # Pictures
 
 
-def columns(axes, x, words, title, marked=(), limit=2.5):
+def columns(axes, x, words, title, marked=(), limit=2.5, numbers=False):
     """x (T, C) as T columns of C cells, from -limit (dark blue) to limit (yellow); the marked ones framed."""
-    axes.pcolormesh(np.asarray(x.detach()).T, edgecolors="w", linewidth=1, vmin=-limit, vmax=limit)
+    x = np.asarray(x.detach())
+    image = axes.pcolormesh(x.T, edgecolors="w", linewidth=1, vmin=-limit, vmax=limit)
+    plt.colorbar(image, ax=axes, pad=0.01)
     for i in marked:
         axes.add_patch(plt.Rectangle((i, 0), 1, x.shape[1], fill=False, edgecolor=RED, linewidth=3))
+    for (i, c), value in np.ndenumerate(x) if numbers else ():
+        axes.text(i + 0.5, c + 0.5, f"{value:.2f}", ha="center", va="center", color="k" if value > 0 else "w")
     axes.set_xticks([i + 0.5 for i in range(len(words))], words)
     axes.set_yticks([])
     axes.set_ylabel(f"{x.shape[1]} channels")
@@ -66,10 +71,25 @@ def bars(axes, values, words, title, marked=()):
 
 
 def lengths(axes, values, title):
-    """A horizontal bar for each name of the dict, each with its own hatching."""
-    for (name, value), color, hatch in zip(values.items(), (RED, GREY, DARK), (None, "//", "xx")):
-        axes.barh(name, value, color=color, hatch=hatch, edgecolor="w")
+    """A horizontal bar for each name of {name: value}."""
+    for (name, value), look in zip(values.items(), HATCHED):
+        axes.barh(name, value, **look)
     axes.invert_yaxis()
+    axes.set_title(title)
+
+
+def parts(axes, values, title, stacked=False):
+    """Horizontal bars for {part: {name: value}}: the parts of a name one above the other, or one after the other."""
+    names = list(next(iter(values.values())))
+    height, left = 0.7 if stacked else 0.7 / len(values), np.zeros(len(names))
+    for i, (part, of_part) in enumerate(values.items()):
+        y = np.arange(len(names)) + (0 if stacked else (i - (len(values) - 1) / 2) * height)
+        length = np.array([float(of_part[name]) for name in names])
+        axes.barh(y, length, height, left=left, label=part, **HATCHED[i])
+        left = left + length if stacked else left
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_title(title)
 
 
