@@ -394,11 +394,17 @@ def draw_changes(models, path):
         base, others = changes(models, budget)
         others = [(name, model) for name, model, rival in others if rival is base]
         others.sort(key=lambda pair: pair[1].mean(), reverse=True)
+        edge = 1.06 * base.mean()  # one that is far worse would press all others together
         for y, (_, model) in enumerate(others):
+            if model.mean() > edge:
+                axes.text(edge, y, f"{model.mean():.2f} →", ha="right", va="center", color="#1f4e79")
+                continue
             axes.plot(model.losses(), [y] * len(model.rows), "o", color="#1f4e79", alpha=0.5, markersize=4)
             axes.plot(model.mean(), y, "|", color="#1f4e79", markersize=14)
         axes.axvline(base.mean(), color="#d1495b", label=f"unchanged: MoD {base.name}, 12.5 %, every other block")
         axes.axvspan(min(base.losses()), max(base.losses()), color="#d1495b", alpha=0.15)
+        axes.set_xlim(right=edge)
+        axes.set_ylim(-0.5, len(others) - 0.5)
         axes.set_yticks(range(len(others)), [name for name, _ in others])
         axes.set_xlabel("held-out loss, causal (nats per character); a dot for each seed")
         axes.set_title(f"{short(budget)} training FLOPs: one thing changed", loc="left", fontsize=10)
