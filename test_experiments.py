@@ -425,13 +425,36 @@ def test_the_interval_of_a_difference_is_students():
     assert half == pytest.approx(4.303 * math.hypot(0.1, 0.001) / math.sqrt(3) / 1.6 * 100, rel=1e-3)
 
 
-def test_the_crossover_lies_on_the_line_and_its_interval_knows_when_there_is_none():
-    exact = {1e12: (2.0, 1e-6), 1e13: (1.0, 1e-6)}  # one percent for each factor of ten
-    assert report.crossover(exact) == pytest.approx([1e14] * 3, rel=1e-3)
-    assert report.crossover(exact, level=-1.5) == pytest.approx([10**15.5] * 3, rel=1e-3)
-    assert report.crossover({1e12: (1.0, 1e-6), 1e13: (1.5, 1e-6)}) == [math.inf] * 3
-    low, middle, high = report.crossover({1e12: (2.0, 1.0), 1e13: (1.0, 1.0)})
-    assert 1e13 < low < middle < high == math.inf and middle == pytest.approx(1e14, rel=0.1)
+def test_the_trend_is_the_slope_of_the_line_and_its_interval():
+    slope, half = report.trend({1e12: (2.0, 0.3), 1e13: (1.0, 0.4)})  # the difference of the two, for a factor of ten
+    assert slope == pytest.approx(-1) and half == pytest.approx(0.5)
+    slope, half = report.trend({1e12: (3.0, 0.1), 1e13: (2.0, 5.0), 1e14: (1.0, 0.1)})  # the middle one has no say
+    assert slope == pytest.approx(-1) and half == pytest.approx(math.hypot(0.1, 0.1) / 2)
+
+
+def at_budgets(*mod_losses):
+    """Three seeds' worth of a dense model of loss 1.6, and MoD models of these losses at 1e11, 1e12, ..."""
+    done = {}
+    for budget, loss in zip((1e11, 1e12, 1e13), mod_losses):
+        done |= lines_of(replace(DENSE, budget=budget), [1, 1.5999, 1.6, 1.6001])
+        done |= lines_of(replace(MOD, budget=budget), [1, loss - 0.0001, loss, loss + 0.0001])
+    return report.models_of(done)
+
+
+def test_a_budget_of_the_crossover_is_named_only_when_three_budgets_and_a_clear_slope_say_it(tmp_path):
+    assert "at zero at 1e14 FLOPs" in report.crossover(at_budgets(1.648, 1.632, 1.616))
+    for unclear in (at_budgets(1.648, 1.632), at_budgets(1.616, 1.616, 1.616)):
+        assert "do not say where" in report.crossover(unclear)
+    assert "Two budgets are needed" in report.crossover(at_budgets(1.648))
+    report.write(at_budgets(1.648, 1.632), tmp_path)
+    assert (tmp_path / "crossover.png").stat().st_size > 10_000
+
+
+def test_a_rival_that_diverged_is_left_out_of_the_tables():
+    models = report.models_of(made_up([1, 1.6, 1.6, 1.7]) | lines_of(replace(DENSE, n_layer=1), [1.4, 1.5, 1.5, 1.5]))
+    alone = [model for model in models if model.run.n_layer != 2]
+    assert "the rival" in report.table(models) and "the rival" not in report.table(alone)
+    assert "best MoD" in report.table(alone)
 
 
 @pytest.mark.parametrize(
@@ -523,4 +546,4 @@ def test_the_runs_of_the_results_cost_what_they_should():
     done = runner.read(ROOT / "results" / "isoflop", isoflop.Run)
     assert len(done) > 60
     for run, row in done.items():
-        assert 0.99 * run.budget < row["flops"] <= run.budget
+        assert not row["report"] or 0.99 * run.budget < row["flops"] <= run.budget

@@ -227,7 +227,7 @@ def draw(models, path):
     panels = figure.subplots(1, 1 + len(shown), squeeze=False)[0]
     for y, model in enumerate(reversed(models)):
         accuracy = [row["report"]["accuracy_causal"] for row in model.rows]
-        look = report.LOOKS["MoD" if "MoD" in model.run.model else "dense"]
+        look = report.LOOKS["dense" if "dense" in model.run.model else "MoD"]
         panels[0].plot(accuracy, [y] * len(accuracy), look["marker"], color=look["color"], alpha=0.6)
         panels[0].plot(np.mean(accuracy), y, "|", color=look["color"], markersize=16)
     panels[0].set_yticks(

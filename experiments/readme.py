@@ -26,7 +26,7 @@ def blocks():
     return {
         "claims": report.claims(models, learned),
         "isoflop": report.table(models),
-        "crossover": report.crossover_in_words(models),
+        "crossover": report.crossover(models),
         "changes": report.ablation_table(models),
         "experts": report.expert_table(models),
         "lengths": routing.table(learned),
