@@ -403,6 +403,8 @@ def made_up(mod_losses):
     return {
         **lines_of(DENSE, [9.9, 1.599, 1.600, 1.601], choice=1.5),
         **lines_of(replace(DENSE, learning_rate=1e-2), [0.1], choice=1.6),
+        **lines_of(replace(DENSE, n_embd=32), [2.0]),  # another size of each kind, worse
+        **lines_of(replace(MOD, n_embd=32), [2.0]),
         **lines_of(MOD, mod_losses, choice=1.5),
     }
 
@@ -438,6 +440,8 @@ def at_budgets(*mod_losses):
     for budget, loss in zip((1e11, 1e12, 1e13), mod_losses):
         done |= lines_of(replace(DENSE, budget=budget), [1, 1.5999, 1.6, 1.6001])
         done |= lines_of(replace(MOD, budget=budget), [1, loss - 0.0001, loss, loss + 0.0001])
+        done |= lines_of(replace(DENSE, budget=budget, n_embd=32), [2.0])
+        done |= lines_of(replace(MOD, budget=budget, n_embd=32), [2.0])
     return report.models_of(done)
 
 
@@ -451,7 +455,8 @@ def test_a_budget_of_the_crossover_is_named_only_when_three_budgets_and_a_clear_
 
 
 def test_a_rival_that_diverged_is_left_out_of_the_tables():
-    models = report.models_of(made_up([1, 1.6, 1.6, 1.7]) | lines_of(replace(DENSE, n_layer=1), [1.4, 1.5, 1.5, 1.5]))
+    other = lines_of(replace(DENSE, n_layer=1), [1.4, 1.5, 1.5, 1.5]) | lines_of(replace(DENSE, n_layer=3), [2.0])
+    models = report.models_of(made_up([1, 1.6, 1.6, 1.7]) | other)
     alone = [model for model in models if model.run.n_layer != 2]
     assert "the rival" in report.table(models) and "the rival" not in report.table(alone)
     assert "best MoD" in report.table(alone)
@@ -469,11 +474,17 @@ def test_the_first_claims_verdict(losses, verdict):
     assert f"| {verdict} |" in report.claims(report.models_of(made_up(losses)), []).splitlines()[2]
 
 
+def test_one_size_alone_is_no_comparison():
+    done = lines_of(DENSE, [1, 1.6, 1.6, 1.7]) | lines_of(MOD, [1, 1.6, 1.6, 1.7])
+    assert not report.budgets_of(report.models_of(done))
+    assert report.budgets_of(report.models_of(done | made_up([1, 1.6, 1.6, 1.7]))) == [1e13]
+
+
 def test_a_budget_without_all_seeds_is_in_no_table_and_a_model_that_diverged_is_in_none():
     assert not report.budgets_of(report.models_of(made_up([1.6, 1.6, 1.6])))
     done = made_up([9.9, 1.5, 1.6, 1.7])
     done[replace(MOD, seed=3)]["report"] = None
-    assert not report.plain(report.models_of(done), 1e13, "MoD")
+    assert [model.run.n_embd for model in report.plain(report.models_of(done), 1e13, "MoD")] == [32]
 
 
 def test_a_claim_about_what_was_not_run_is_open():

@@ -117,10 +117,10 @@ def signed_percent(value):
 
 
 def budgets_of(models):
-    """The budgets at which the comparison is whole."""
+    """The budgets at which the comparison is whole: several sizes of each kind, all seeds of the best."""
     budgets = sorted({model.run.budget for model in models})
     pairs = {b: [plain(models, b, kind) for kind in LOOKS] for b in budgets}
-    return [b for b, both in pairs.items() if all(both) and all(best_of(part).complete for part in both)]
+    return [b for b, both in pairs.items() if all(len(part) > 1 and best_of(part).complete for part in both)]
 
 
 def best_pairs(models):
@@ -169,9 +169,9 @@ def ablation_table(models):
         "| FLOPs | changed | FLOPs/token | rate | causal | top-k | taken | against |",
         "|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for budget in budgets_of(models):
+    for budget in budgets_with_changes(models):
         base, others = changes(models, budget)
-        for name, model, rival in [(f"nothing: {base.name}", base, base), *others] if others else []:
+        for name, model, rival in [(f"nothing: {base.name}", base, base), *others]:
             taken = statistics.mean(statistics.mean(row["report"].get("taken", [1])) for row in model.rows)
             cells = [
                 short(budget),
@@ -208,6 +208,12 @@ def changes(models, budget):
         if model.run.block_size in rivals
     ]
     return base, sorted([*same_context, *other_context], key=lambda other: other[0])
+
+
+def budgets_with_changes(models):
+    """The budgets at which more was changed than the sizes of the comparison."""
+    found = {b: changes(models, b)[1] for b in budgets_of(models)}
+    return [b for b, others in found.items() if any(model not in plain(models, b, "dense") for _, model, _ in others)]
 
 
 CHANGED = {"capacity", "route_every", "selection", "causal_method", "variant", "block_size"}
@@ -386,7 +392,7 @@ def save(figure, path):
 
 def draw_changes(models, path):
     """What one change in the best MoD model does, a row for each budget at which it was tried."""
-    budgets = [budget for budget in budgets_of(models) if changes(models, budget)[1]]
+    budgets = budgets_with_changes(models)
     figure = Figure(figsize=(8, 0.8 + 4.5 * len(budgets)), layout="constrained")
     panels = figure.subplots(len(budgets), 1, squeeze=False)
     for axes, budget in zip(panels[:, 0], budgets):
@@ -575,7 +581,7 @@ def write(models, results):
     if len(budgets_of(models)) > 1:
         draw_crossover(models, results / "crossover.png")
         parts.append(crossover(models))
-    if any(changes(models, budget)[1] for budget in budgets_of(models)):
+    if budgets_with_changes(models):
         draw_changes(models, results / "changes.png")
         parts.append(ablation_table(models))
     if with_experts(models):
