@@ -1,7 +1,7 @@
 """
 The paper's comparison in miniature: dense GPTs and Mixture-of-Depths at equal training FLOPs.
 
-    python isoflop.py laptop                           # one budget, an evening on 2 cores; into out-isoflop
+    python isoflop.py laptop                           # one budget, some two hours on 2 cores; into out-isoflop
     python isoflop.py draw --results=results/isoflop   # the tables and pictures of what was measured for this project
 
 Each finished run is a line of RESULTS/runs.jsonl. What stands there is not trained again; stopped (Ctrl-C) and started

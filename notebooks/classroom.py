@@ -34,7 +34,6 @@ plt.rcParams.update(
         "figure.constrained_layout.use": True,
         "figure.dpi": 90,
         "figure.figsize": (8, 3),
-        "font.size": 10,
         "grid.alpha": 0.3,
         "image.cmap": "cividis",
         "lines.markersize": 4,
@@ -93,12 +92,12 @@ def parts(axes, values, title, stacked=False):
     axes.set_title(title)
 
 
-def routing_map(axes, taken, pieces, title, rows=None):
-    """Which tokens each of the rows (blocks, or what `rows` names) took, the first row on top; taken (L, T)."""
+def routing_map(axes, taken, pieces, title, rows):
+    """Which tokens each of the rows took (blocks, experts, steps, texts), the first on top; taken (rows, T)."""
     taken = np.asarray(taken)
     axes.pcolormesh(taken, cmap=ListedColormap(["#ececec", RED]), vmin=0, vmax=1, edgecolors="w", linewidth=1)
     axes.set_xticks([i + 0.5 for i in range(len(pieces))], [visible(p).replace(" ", "␣") for p in pieces])
-    axes.set_yticks([i + 0.5 for i in range(len(taken))], rows or [f"routed block {i + 1}" for i in range(len(taken))])
+    axes.set_yticks([i + 0.5 for i in range(len(taken))], rows)
     axes.tick_params(length=0, labelsize=8)
     axes.invert_yaxis()
     axes.set_title(title)
@@ -108,13 +107,12 @@ def routing_map(axes, taken, pieces, title, rows=None):
 class Live:
     """A picture that is drawn again while a cell runs: draw(axes) each time that `update` is called."""
 
-    def __init__(self, draw, width=8, height=3, panels=1):
-        self.figure, self.axes = plt.subplots(1, panels, figsize=(width, height))
+    def __init__(self, draw):
+        self.figure, self.axes = plt.subplots()
         self.draw, self.handle = draw, display(display_id=True)
         plt.close(self.figure)  # or the notebook would show it a second time at the end of the cell
 
     def update(self):
-        for axes in np.atleast_1d(self.axes):
-            axes.clear()
+        self.axes.clear()
         self.draw(self.axes)
         self.handle.update(self.figure)
