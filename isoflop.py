@@ -30,6 +30,7 @@ from experiments.variants import VARIANTS
 from train import Diverged, TrainConfig, evaluate, forward_flops, load_dataset, model_config, number_of_steps, train
 
 TOKENS_PER_STEP = 1024
+MORE_TOKENS_PER_STEP = {1e14: 4096, 3e14: 4096, 1e15: 8192}  # or a GPU would wait for Python all the time
 HEAD_SIZE = 32
 
 
@@ -72,7 +73,12 @@ SIZES = {
     1e13: ((1, 64), (1, 96), (1, 128), (1, 192), (2, 64), (2, 96), (2, 128), (3, 64), (3, 96), (3, 128)),
     3e13: ((2, 96), (2, 128), (3, 96), (3, 128), (4, 128)),
 }
-WITH_ABLATIONS = (3e12, 1e13)
+ABLATED = 3e12  # the budget at which one thing at a time is changed
+GPU_SIZES = {  # the complete works are read 2 to 8 times here, then 3 to 11 times, then 3 to 14 times
+    1e14: ((2, 128), (2, 192), (3, 128), (3, 192), (4, 128), (4, 192)),
+    3e14: ((2, 192), (3, 192), (3, 256), (4, 192), (4, 256), (6, 192)),
+    1e15: ((3, 256), (4, 256), (4, 384), (6, 256), (6, 384), (8, 256)),
+}
 
 
 def compared(budget, sizes, done):
@@ -154,16 +160,21 @@ def smoke(done):
 
 
 def laptop(done):
-    return ablations(3e12, SIZES[3e12], done)
+    return ablations(ABLATED, SIZES[ABLATED], done)
 
 
 def full(done):
     """All budgets, the cheap ones first: wherever it is stopped, whole budgets stand there."""
-    todo = [(ablations if b in WITH_ABLATIONS else compared)(b, sizes, done) for b, sizes in SIZES.items()]
+    todo = [(ablations if b == ABLATED else compared)(b, sizes, done) for b, sizes in SIZES.items()]
     return [run for part in todo for run in part]
 
 
-SETS = {"smoke": smoke, "laptop": laptop, "full": full, "experts": experts, "draw": runner.nothing}
+def gpu(done):
+    """What takes a GPU; its lines may stand beside those of `full`, for one picture over all budgets."""
+    return [run for b, sizes in GPU_SIZES.items() for run in compared(b, sizes, done)]
+
+
+SETS = {"smoke": smoke, "laptop": laptop, "full": full, "gpu": gpu, "experts": experts, "draw": runner.nothing}
 
 
 # One run
@@ -186,7 +197,7 @@ def options(run, vocabulary, dataset, out_dir, device):
         n_noop=run.n_noop,
         expert_capacity=run.expert_capacity,
         staged=run.staged,
-        batch_size=TOKENS_PER_STEP // run.block_size,
+        batch_size=MORE_TOKENS_PER_STEP.get(run.budget, TOKENS_PER_STEP) // run.block_size,
         flop_budget=run.budget,
         learning_rate=run.learning_rate,
         min_lr=run.learning_rate / 10,

@@ -193,15 +193,18 @@ def test_the_ablations_change_one_thing_each_at_a_rate_of_their_own():
         assert all(replace(other, learning_rate=0.0025, seed=seed) in done for seed in runner.SEEDS)
 
 
-def test_all_runs_of_a_budget_cost_the_same_and_name_different_folders():
-    done = finish(isoflop.full, lambda run: abs(math.log(run.learning_rate / 0.005)))
+@pytest.mark.parametrize("wanted", [isoflop.full, isoflop.gpu])
+def test_all_runs_of_a_budget_cost_the_same_and_name_different_folders(wanted):
+    done = finish(wanted, lambda run: abs(math.log(run.learning_rate / 0.005)))
     assert len({run.name for run in done}) == len(done)
     for run in done:
         config = isoflop.options(run, 84, "none", Path("none"), "cpu")
         flops = (
             3 * config.batch_size * mod.forward_flops(isoflop.model_config(config, {"vocab_size": 84}), run.block_size)
         )
-        assert config.batch_size * config.block_size == isoflop.TOKENS_PER_STEP
+        assert config.batch_size * config.block_size == (
+            8192 if run.budget == 1e15 else 4096 if run.budget > 3e13 else 1024
+        )
         steps = isoflop.number_of_steps(config, flops)
         assert 0.99 * run.budget < steps * flops <= run.budget
 

@@ -5,9 +5,11 @@ Puts the figures of results/ into README.md and results/README.md, between the l
     python experiments/readme.py
 """
 
+import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, this file's own folder stands there alone
@@ -23,7 +25,11 @@ def blocks():
     models = report.models_of(runner.read(results / "isoflop", isoflop.Run))
     learned = sorted(runner.read(results / "routing", isoflop.Run).values(), key=lambda row: row["run"]["seed"])
     known = known_depth.ordered(runner.read(results / "known_depth", known_depth.Run))
+    timed = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "bench").glob("*.json"))]
+    timed.sort(key=lambda figures: (figures["n_layer"], report.EXPERT_KINDS.index(kind(figures))))
     return {
+        "training speed": training_speed(timed),
+        "sampling speed": sampling_speed(timed),
         "claims": report.claims(models, learned),
         "isoflop": report.table(models),
         "crossover": report.crossover(models),
@@ -33,6 +39,48 @@ def blocks():
         "preferences": routing.preferences(learned),
         "known depth": known_depth.table(known),
     }
+
+
+def training_speed(timed):
+    """Step times of bench.py, against the dense GPT of the same shape."""
+    lines = ["| model | batch | FLOPs / dense | time / dense | time / FLOPs |", "|---|--:|--:|--:|--:|"]
+    for figures in timed:
+        if figures["part"] != "sampling":
+            flops, seconds = figures["train_flop_ratio"], figures["train_time_ratio"]
+            cells = [f"{flops:.3f}", f"{seconds:.3f}", f"{seconds / flops:.2f}"]
+            lines.append(f"| {kind(figures)} {shape(figures)} | {figures['batch_size']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sampling_speed(timed):
+    """Sampling of bench.py, MoD against the dense GPT of the same shape."""
+    lines = [
+        "| model | texts at once | tokens/s, MoD | tokens/s, dense | times as fast | at best | entered | cache, MB "
+        "| dense, MB | cache ratio |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for figures in timed:
+        if figures["part"] != "training":
+            for texts, part in ((1, figures), (16, figures["batch_16"])):
+                mod, dense = part["mod"], part["dense"]
+                cells = [
+                    *(f"{model['tokens_per_second']:,.0f}" for model in (mod, dense)),
+                    f"**{part['decode_speedup']:.2f}**",
+                    f"{part['decode_ideal_speedup']:.2f}",
+                    f"{part['taken']:.1%}",
+                    *(f"{model['cache_bytes'] / 1e6:.1f}" for model in (mod, dense)),
+                    f"{part['cache_bytes_ratio']:.2f}",
+                ]
+                lines.append(f"| {shape(figures)} | {texts} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def kind(figures):
+    return report.expert_kind(SimpleNamespace(**{"n_expert": 0, **figures}))
+
+
+def shape(figures):
+    return f"{figures['n_layer']} x {figures['n_embd']}, context {figures['block_size']}"
 
 
 def filled(text, parts):
