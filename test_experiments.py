@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import isoflop
 import mod
@@ -548,12 +549,25 @@ def test_each_part_goes_to_its_place():
 
 
 def test_the_readmes_say_what_the_results_say():
-    parts, used = readme.blocks(), 0
+    parts, used = readme.blocks(*readme.measured()), 0
     for path in readme.FILES:
         text = path.read_text(encoding="utf-8")
         used += text.count("<!-- results: ")
         assert readme.filled(text, parts) == text, f"python experiments/readme.py, then look at {path.name}"
     assert used == len(parts)
+
+
+@pytest.mark.parametrize("name", ["isoflop", "routing", "known_depth"])
+def test_the_pictures_are_of_the_runs_beside_them(name):
+    folder = ROOT / "results" / name
+    pictures = list(folder.glob("*.png"))
+    assert pictures
+    for path in pictures:
+        with Image.open(path) as picture:
+            drawn_of = picture.text["Description"]
+        assert drawn_of == report.hash_of(folder / "runs.jsonl"), (
+            f"python experiments/readme.py, then look at {path.name}"
+        )
 
 
 def test_the_runs_of_the_results_cost_what_they_should():

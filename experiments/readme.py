@@ -1,6 +1,6 @@
 """
-Puts the figures of results/ into README.md and results/README.md, between the lines `<!-- results: NAME -->` and
-`<!-- end -->`:
+Draws the pictures of results/ and puts its figures into README.md and results/README.md, between the lines
+`<!-- results: NAME -->` and `<!-- end -->`:
 
     python experiments/readme.py
 """
@@ -16,17 +16,25 @@ sys.path.insert(0, str(ROOT))  # run as a script, this file's own folder stands 
 import isoflop  # noqa: E402
 from experiments import known_depth, report, routing, runner  # noqa: E402
 
-FILES = (ROOT / "README.md", ROOT / "results" / "README.md")
+RESULTS = ROOT / "results"
+FILES = (ROOT / "README.md", RESULTS / "README.md")
 
 
-def blocks():
-    """The generated parts, {NAME: text}."""
-    results = ROOT / "results"
-    models = report.models_of(runner.read(results / "isoflop", isoflop.Run))
-    learned = sorted(runner.read(results / "routing", isoflop.Run).values(), key=lambda row: row["run"]["seed"])
-    known = known_depth.ordered(runner.read(results / "known_depth", known_depth.Run))
-    timed = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "bench").glob("*.json"))]
+def measured():
+    """What there is: models of isoflop.py, lines of routing.py, models of known_depth.py, figures of bench.py."""
+    learned = sorted(runner.read(RESULTS / "routing", isoflop.Run).values(), key=lambda row: row["run"]["seed"])
+    timed = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "bench").glob("*.json"))]
     timed.sort(key=lambda figures: (figures["n_layer"], report.EXPERT_KINDS.index(kind(figures))))
+    return (
+        report.models_of(runner.read(RESULTS / "isoflop", isoflop.Run)),
+        learned,
+        known_depth.ordered(runner.read(RESULTS / "known_depth", known_depth.Run)),
+        timed,
+    )
+
+
+def blocks(models, learned, known, timed):
+    """The generated parts, {NAME: text}."""
     return {
         "training speed": training_speed(timed),
         "sampling speed": sampling_speed(timed),
@@ -94,7 +102,11 @@ def filled(text, parts):
 
 
 def main():
-    parts = blocks()
+    models, learned, known, timed = measured()
+    report.write(models, RESULTS / "isoflop")
+    routing.draw(learned, RESULTS / "routing" / "routing.png")
+    known_depth.draw(known, RESULTS / "known_depth" / "known_depth.png")
+    parts = blocks(models, learned, known, timed)
     for path in FILES:
         path.write_text(filled(path.read_text(encoding="utf-8"), parts), encoding="utf-8", newline="\n")
         print(path)
