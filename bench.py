@@ -1,5 +1,5 @@
 """
-Does the clock follow the FLOPs? A Mixture-of-Depths GPT against a dense GPT of the same shape, training and sampling:
+Does the clock follow the FLOPs? A Mixture-of-Depths GPT against a dense one, training and sampling:
 
     python bench.py
     python bench.py --n_layer=12 --n_head=12 --n_embd=768 --block_size=512 --part=sampling
@@ -39,6 +39,7 @@ class BenchConfig:
     n_noop: int = option(0, "no-op experts beside them")
     expert_capacity: float = option(MoDEConfig.expert_capacity, "share of a block's tokens that each expert takes")
     staged: bool = option(False, "True: staged MoDE")
+    against: str = option("", "shape of the dense GPT, as 1x96 (layers x width); empty: that of the other model")
     part: str = option("both", "what to measure", choices=("both", "training", "sampling"))
     batch_size: int = option(16, "training: sequences per step; sampling is measured with batches of 1 and 16")
     new_tokens: int = option(64, "sampling: tokens to generate after a prompt of block_size - new_tokens")
@@ -75,7 +76,7 @@ def bench(options):
         raise UserError(str(error)) from None
     if options.route_every > options.n_layer:
         raise UserError(f"route_every {options.route_every} routes none of {options.n_layer} blocks; use more blocks")
-    configs = {"mod": mod, "dense": dataclasses.replace(mod, route_every=0)}
+    configs = {"mod": mod, "dense": dense_config(mod, options.against)}
     machine = resolve(TrainConfig(device=options.device, dtype=options.dtype, compile=options.compile))
     figures = {}
     if options.part != "sampling":
@@ -91,6 +92,22 @@ def bench(options):
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
+
+
+def dense_config(mod, shape):
+    """The dense GPT to compare with: of the given shape, with heads of the same size."""
+    if not shape:
+        return dataclasses.replace(mod, route_every=0)
+    n_layer, _, n_embd = shape.partition("x")
+    head_size = mod.n_embd // mod.n_head
+    if not (
+        n_layer.isdecimal() and n_embd.isdecimal() and int(n_layer) and int(n_embd) and int(n_embd) % head_size == 0
+    ):
+        raise UserError(
+            f"against is layers x width, the width in heads of {head_size}, such as 1x{head_size}; got {shape!r}"
+        )
+    n_layer, n_embd = int(n_layer), int(n_embd)
+    return dataclasses.replace(mod, route_every=0, n_layer=n_layer, n_embd=n_embd, n_head=n_embd // head_size)
 
 
 def in_turn(measure, options):

@@ -30,7 +30,6 @@ from experiments.variants import VARIANTS
 from train import Diverged, TrainConfig, evaluate, forward_flops, load_dataset, model_config, number_of_steps, train
 
 TOKENS_PER_STEP = 1024
-MORE_TOKENS_PER_STEP = {1e14: 4096, 3e14: 4096, 1e15: 8192}  # or a GPU would wait for Python all the time
 HEAD_SIZE = 32
 
 
@@ -55,7 +54,20 @@ class Run:
     staged: bool = False
 
     @property
+    def plain(self):
+        """Of the isoFLOP comparison: dense, or MoD as the paper recommends it."""
+        shape = self.budget, self.n_layer, self.n_embd, self.route_every
+        return self.route_every in (0, 2) and self == Run(*shape, self.learning_rate, self.seed)
+
+    @property
+    def experts(self):
+        """Its name in EXPERTS; None without experts."""
+        plain = Run(self.budget, self.n_layer, self.n_embd, 2, self.learning_rate, self.seed)
+        return next((name for name, options in EXPERTS.items() if replace(plain, **options) == self), None)
+
+    @property
     def name(self):
+        """Of its folder: another one for each run."""
         kind = "mod" if self.route_every else "dense"
         special = {name: value for name, value in asdict(self).items() if value != getattr(Run, name, None)}
         digest = hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]
@@ -133,8 +145,8 @@ def changed(run):
 
 def best(budget, route_every, done):
     """The best of a budget's dense (0) or MoD (2) models, by the half for choosing."""
-    plain = [run for run in done if run == Run(budget, run.n_layer, run.n_embd, route_every, run.learning_rate)]
-    return min(plain, key=lambda run: loss_for_choice(run, done))
+    plain = [run for run in done if run.plain and (run.budget, run.route_every) == (budget, route_every)]
+    return min((run for run in plain if run.seed == SEEDS[0]), key=lambda run: loss_for_choice(run, done))
 
 
 EXPERTS = {  # in every other block, those that MoD would route
@@ -146,10 +158,16 @@ EXPERTS = {  # in every other block, those that MoD would route
 
 
 def experts(done, budget=1e13):
-    """Dense, MoD, MoE and MoDE of one shape at one budget, each at its best learning rate, all seeds."""
+    """MoD, MoE and MoDE of one shape, dense GPTs with and without the blocks that MoD routes; all at their best."""
     shape = Run(budget, 4, 128, 2)
+    dense = replace(shape, route_every=0)
     todo = []
-    for run in (shape, replace(shape, route_every=0), *(replace(shape, **options) for options in EXPERTS.values())):
+    for run in (
+        shape,
+        dense,
+        replace(dense, n_layer=2),
+        *(replace(shape, **options) for options in EXPERTS.values()),
+    ):
         run, missing = search(run, done)
         todo += missing or seeds(run, done)
     return todo
@@ -170,7 +188,7 @@ def full(done):
 
 
 def gpu(done):
-    """What takes a GPU; its lines may stand beside those of `full`, for one picture over all budgets."""
+    """What takes a GPU, by the same protocol."""
     return [run for b, sizes in GPU_SIZES.items() for run in compared(b, sizes, done)]
 
 
@@ -197,7 +215,7 @@ def options(run, vocabulary, dataset, out_dir, device):
         n_noop=run.n_noop,
         expert_capacity=run.expert_capacity,
         staged=run.staged,
-        batch_size=MORE_TOKENS_PER_STEP.get(run.budget, TOKENS_PER_STEP) // run.block_size,
+        batch_size=TOKENS_PER_STEP // run.block_size,
         flop_budget=run.budget,
         learning_rate=run.learning_rate,
         min_lr=run.learning_rate / 10,
@@ -226,6 +244,7 @@ def train_one(run, out_dir, dataset, device, **more):
     config = replace(options(run, meta["vocab_size"], dataset, out_dir, device), **more)
     half = len(data["val"]) // 2
     row = {"run": asdict(run), "data": meta["text_sha256"][:16], "choose": None, "report": None}
+    # train() builds the model itself, so meanwhile a variant stands in the place of RoutedBlock.
     variant = mock.patch.object(mod, "RoutedBlock", VARIANTS.get(run.variant, mod.RoutedBlock))
     with open(log_file, "a", encoding="utf-8") as log, variant:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
@@ -253,10 +272,11 @@ def train_one(run, out_dir, dataset, device, **more):
 def main(argv=None):
     parser = runner.arguments(__doc__.split(":")[0], SETS, "out-isoflop")
     parser.add_argument("--dataset", default="shakespeare_works", help="as train.py's (%(default)s)")
-    parser.add_argument("--device", default="auto", help="as train.py's (%(default)s)")
+    parser.add_argument("--device", help="as train.py's (cpu; with the set gpu: auto)")
     args = parser.parse_args(argv)
     with errors_in_one_line("isoflop.py", "try fewer --jobs"):
-        train_one_of_them = prepared(execute, args.results, args.dataset, args.device)
+        device = args.device or ("auto" if args.set == "gpu" else "cpu")
+        train_one_of_them = args.set != "draw" and prepared(execute, args.results, args.dataset, device)
         done = runner.run_all(SETS[args.set], Run, train_one_of_them, args.results, args.jobs)
         print(report.write(report.models_of(done), args.results))
 

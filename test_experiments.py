@@ -203,9 +203,7 @@ def test_all_runs_of_a_budget_cost_the_same_and_name_different_folders(wanted):
         flops = (
             3 * config.batch_size * mod.forward_flops(isoflop.model_config(config, {"vocab_size": 84}), run.block_size)
         )
-        assert config.batch_size * config.block_size == (
-            8192 if run.budget == 1e15 else 4096 if run.budget > 3e13 else 1024
-        )
+        assert config.batch_size * config.block_size == isoflop.TOKENS_PER_STEP
         steps = isoflop.number_of_steps(config, flops)
         assert 0.99 * run.budget < steps * flops <= run.budget
 
@@ -327,7 +325,7 @@ def test_the_known_tasks_measurements_see_a_model_that_knows_it_all():
 
     model = Knows(GPTConfig(block_size=64, vocab_size=known_depth.VOCABULARY, n_layer=2, n_head=2, n_embd=16))
     found = known_depth.measure(model, 1)
-    assert found["accuracy_causal"] == 1 and found["by_place_topk"] == [1.0] * 8
+    assert found["accuracy_causal"] == found["accuracy_topk"] == 1
     assert found["numbers_taken_causal"] == 1 and found["taken_topk"] == 0.125
     assert known_depth.share_of_numbers(found) == 1
     assert found["taken_around_causal"][7:17] == [0.0, *[1.0] * 8, 0.0]
@@ -361,6 +359,12 @@ def test_ranks_higher_is_the_share_of_the_pairs():
     value, taken = rng.random((4, 20)), rng.random((4, 20)) < 0.3
     pairs = [a > b for a in value[taken] for b in value[~taken]]
     assert routing.ranks_higher(value, taken) == pytest.approx(np.mean(pairs))
+
+
+def test_what_a_block_takes_most_often_is_by_its_picks_not_by_its_share_of_a_rare_character():
+    letters = np.array([list("aaaaaaaabc")])
+    taken = np.array([[1, 1, 1, 0, 0, 0, 0, 0, 1, 0]], dtype=bool)[..., None]
+    assert routing.most_taken(letters, taken, n=2) == [[["a", 0.75, 0.375], ["b", 0.25, 1.0]]]
 
 
 def test_gaps_of_a_comb_do_not_vary_and_those_of_coins_do():
@@ -475,7 +479,7 @@ def test_a_rival_that_diverged_is_left_out_of_the_tables():
     ],
 )
 def test_the_first_claims_verdict(losses, verdict):
-    assert f"| {verdict} |" in report.claims(report.models_of(made_up(losses)), []).splitlines()[2]
+    assert f"| {verdict} |" in report.claims(report.models_of(made_up(losses)), [], []).splitlines()[2]
 
 
 def test_one_size_alone_is_no_comparison():
@@ -496,7 +500,7 @@ def test_a_claim_about_what_was_not_run_is_open():
     asked = [dict(capacity=c) for c in (0.0625, 0.25, 0.5)] + [dict(route_every=1), dict(selection="stochastic")]
 
     def fifth():
-        return report.claims(report.models_of(done), []).splitlines()[6]
+        return report.claims(report.models_of(done), [], []).splitlines()[6]
 
     for change in asked:
         assert "| open |" in fifth()
@@ -506,21 +510,55 @@ def test_a_claim_about_what_was_not_run_is_open():
     assert "| partly, at 1e13 |" in fifth()
 
 
-def test_the_last_claim_needs_all_kinds_of_experts_in_one_shape():
-    done = made_up([1, 1.619, 1.620, 1.621]) | lines_of(replace(MOD, route_every=0), [1, 1.7, 1.7, 1.7])
-    losses = {"MoE": 1.610, "MoE, lowered capacity": 1.640, "staged MoDE": 1.600, "integrated MoDE": 1.630}
+def test_the_last_claim_needs_all_its_models_in_one_shape_and_is_printed_without_any_other_comparison(tmp_path):
+    done = lines_of(MOD, [1, 1.619, 1.620, 1.621])
+    losses = {"MoE": 1.640, "MoE, lowered capacity": 1.640, "staged MoDE": 1.600, "integrated MoDE": 1.630}
 
     def last():
-        return report.claims(report.models_of(done), []).splitlines()[9]
+        return report.claims(report.models_of(done), [], []).splitlines()[9]
 
     for name, loss in losses.items():
-        assert "| open |" in last()
-        done |= lines_of(replace(MOD, **isoflop.EXPERTS[name]), [1, loss, loss, loss + 0.001])
-    assert "| reproduced, at 1e13 |" in last() and "staged MoDE against MoE -0.62 %" in last()
-    assert report.expert_table(report.models_of(done)).count("\n") == 7
-    done |= lines_of(replace(MOD, **isoflop.EXPERTS["MoE, lowered capacity"]), [1, 1.62, 1.62, 1.62])
+        run = replace(MOD, **isoflop.EXPERTS[name])
+        assert run.experts == name and not run.plain
+        done |= lines_of(run, [1, loss, loss, loss + 0.001])
+    done |= lines_of(replace(MOD, route_every=0), [1, 1.7, 1.7, 1.7])
+    assert "| open |" in last()
+    done |= lines_of(DENSE, [1, 1.61, 1.61, 1.611])  # MoD's shape without its routed blocks
+    assert "| reproduced, at 1e13 |" in last() and "staged MoDE against MoE -2.50 %" in last()
+    table = report.write(report.models_of(done), tmp_path)
+    assert table == report.expert_table(report.models_of(done)) and table.count("\n") == 8
+    assert [line.split(" | ")[1] for line in table.splitlines()[2:4]] == [
+        "staged MoDE, 4 x 64",
+        "dense, without these blocks, 2 x 64",
+    ]
+    done |= lines_of(DENSE, [1, 1.59, 1.59, 1.591])
     assert "| partly, at 1e13 |" in last()
-    assert not report.changes(report.models_of(done), 1e13)[1][1:]  # experts are no change of the MoD model
+
+
+def test_a_kind_of_experts_that_somebody_adds_has_its_own_row(monkeypatch):
+    monkeypatch.setitem(isoflop.EXPERTS, "eight experts", dict(n_expert=8, expert_capacity=0.125))
+    done = {}
+    for options in isoflop.EXPERTS.values():
+        done |= lines_of(replace(MOD, **options), [1, 1.6, 1.6, 1.61])
+    assert {model.run.experts for model in report.models_of(done)} == set(isoflop.EXPERTS)
+    assert report.expert_table(report.models_of(done)).count("eight experts") == 1
+
+
+def test_the_time_of_a_training_step_is_that_of_the_bench_for_the_same_two_models():
+    done = made_up([1, 1.619, 1.620, 1.621]) | lines_of(replace(MOD, n_embd=48), [1, 1.619, 1.620, 1.621], choice=1.8)
+
+    def third(timed):
+        return report.claims(report.models_of(done), [], timed).splitlines()[4]
+
+    bench = {"n_layer": 4, "n_embd": 48, "against": "2x64", "train_time_ratio": 0.777}
+    assert "0.78 of the time of a training step" in third(
+        [{"n_layer": 4, "n_embd": 48, "train_time_ratio": 0.5}, bench]
+    )
+    assert "time" not in third([{**bench, "against": "1x64"}])
+
+
+def test_changes_of_any_routing_interval_have_a_name():
+    assert report.label("route_every", 4) == "one block in 4 routed"
 
 
 def test_another_context_is_compared_with_its_rival():

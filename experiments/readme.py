@@ -9,7 +9,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, this file's own folder stands there alone
@@ -24,7 +23,7 @@ def measured():
     """What there is: models of isoflop.py, lines of routing.py, models of known_depth.py, figures of bench.py."""
     learned = sorted(runner.read(RESULTS / "routing", isoflop.Run).values(), key=lambda row: row["run"]["seed"])
     timed = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "bench").glob("*.json"))]
-    timed.sort(key=lambda figures: (figures["n_layer"], report.EXPERT_KINDS.index(kind(figures))))
+    timed.sort(key=lambda figures: (figures["n_layer"], figures.get("n_expert", 0), figures.get("train_flop_ratio", 0)))
     return (
         report.models_of(runner.read(RESULTS / "isoflop", isoflop.Run)),
         learned,
@@ -38,13 +37,14 @@ def blocks(models, learned, known, timed):
     return {
         "training speed": training_speed(timed),
         "sampling speed": sampling_speed(timed),
-        "claims": report.claims(models, learned),
+        "claims": report.claims(models, learned, timed),
         "isoflop": report.table(models),
         "crossover": report.crossover(models),
         "changes": report.ablation_table(models),
         "experts": report.expert_table(models),
         "lengths": routing.table(learned),
         "preferences": routing.preferences(learned),
+        "depths": routing.depths(learned),
         "known depth": known_depth.table(known),
     }
 
@@ -55,36 +55,42 @@ def training_speed(timed):
     for figures in timed:
         if figures["part"] != "sampling":
             flops, seconds = figures["train_flop_ratio"], figures["train_time_ratio"]
-            cells = [f"{flops:.3f}", f"{seconds:.3f}", f"{seconds / flops:.2f}"]
-            lines.append(f"| {kind(figures)} {shape(figures)} | {figures['batch_size']} | {' | '.join(cells)} |")
+            cells = [f"{flops:.2f}", f"{seconds:.2f}", f"{seconds / flops:.2f}"]
+            name = f"{kind(figures)} {shape(figures)}"
+            if figures.get("against"):
+                name += f", against dense {figures['against'].replace('x', ' x ')}"
+            lines.append(f"| {name} | {figures['batch_size']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def sampling_speed(timed):
     """Sampling of bench.py, MoD against the dense GPT of the same shape."""
     lines = [
-        "| model | texts at once | tokens/s, MoD | tokens/s, dense | times as fast | at best | entered | cache, MB "
-        "| dense, MB | cache ratio |",
+        "| model | texts at once | tokens/s, MoD | tokens/s, dense | times as fast | at best "
+        "| MoD, dense, of their best | entered | cache / dense | without it, times as long |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for figures in timed:
         if figures["part"] != "training":
             for texts, part in ((1, figures), (16, figures["batch_16"])):
-                mod, dense = part["mod"], part["dense"]
+                both = part["mod"], part["dense"]
                 cells = [
-                    *(f"{model['tokens_per_second']:,.0f}" for model in (mod, dense)),
+                    *(f"{model['tokens_per_second']:,.0f}" for model in both),
                     f"**{part['decode_speedup']:.2f}**",
                     f"{part['decode_ideal_speedup']:.2f}",
+                    ", ".join(f"{model['tokens_per_second'] / model['ideal_tokens_per_second']:.0%}" for model in both),
                     f"{part['taken']:.1%}",
-                    *(f"{model['cache_bytes'] / 1e6:.1f}" for model in (mod, dense)),
                     f"{part['cache_bytes_ratio']:.2f}",
+                    f"{part['cache_speedup']:.0f}",
                 ]
                 lines.append(f"| {shape(figures)} | {texts} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def kind(figures):
-    return report.expert_kind(SimpleNamespace(**{"n_expert": 0, **figures}))
+    if not figures.get("n_expert"):
+        return "MoD"
+    return "staged MoDE" if figures["staged"] else "integrated MoDE" if figures["n_noop"] else "MoE"
 
 
 def shape(figures):

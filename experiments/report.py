@@ -55,9 +55,6 @@ class Model:
         """Standard deviation over seeds; None for one."""
         return statistics.stdev(self.losses()) if len(self.rows) > 1 else None
 
-    def step_seconds(self):
-        return statistics.median(row["train_seconds"] / row["steps"] for row in self.rows)
-
 
 def spread(values, form="{:.4f}"):
     """Mean ± standard deviation."""
@@ -80,17 +77,7 @@ def models_of(done):
 
 def plain(models, budget, kind):
     """The models of the isoFLOP comparison, smallest first."""
-    chosen = [
-        model
-        for model in models
-        if model.run.budget == budget
-        and model.kind == kind
-        and model.run.route_every in (0, 2)
-        and not model.run.variant
-        and (model.run.capacity, model.run.selection, model.run.causal_method, model.run.block_size)
-        == (0.125, "learned", "predictor", 128)
-        and not model.run.n_expert
-    ]
+    chosen = [model for model in models if model.run.plain and (model.run.budget, model.kind) == (budget, kind)]
     return sorted(chosen, key=lambda model: model["parameters"])
 
 
@@ -110,7 +97,7 @@ def difference(a, b):
 
 def signed(difference):
     percent, half = difference
-    return signed_percent(percent) + (f" ± {half:.2f}" if half < math.inf else " (one seed)")
+    return signed_percent(percent) + (f" ± {half:.2f}" if half < math.inf else " (too few seeds)")
 
 
 def signed_percent(value):
@@ -143,7 +130,10 @@ def table(models):
     ]
     lines.append("|--:|---|---|--:|--:|--:|--:|--:|--:|--:|")
     for budget, (dense, mod) in best_pairs(models).items():
-        rows = [("best dense", dense), ("best MoD", mod), ("the rival of this MoD", rival_of(mod, models))]
+        rival = rival_of(mod, models)
+        rows = [("best dense", dense), ("best MoD", mod), ("the rival of this MoD", rival)]
+        if rival is dense:
+            rows = [("best dense, the rival of this MoD too", dense), ("best MoD", mod)]
         for name, model in rows:
             if model is None:  # it diverged
                 continue
@@ -229,7 +219,7 @@ CHANGED = {"capacity", "route_every", "selection", "causal_method", "variant", "
 def label(option, value):
     names = {
         "capacity": f"capacity {value}",
-        "route_every": {0: "no block routed", 1: "every block routed", 3: "every third block routed"}.get(value),
+        "route_every": {0: "no block routed", 1: "every block routed"}.get(value, f"one block in {value} routed"),
         "selection": f"{value} routing",
         "causal_method": "auxiliary loss on the router, no predictor",
         "variant": value,
@@ -239,45 +229,33 @@ def label(option, value):
 
 
 def expert_table(models):
-    """Dense, MoD, MoE and MoDE of one shape at equal training FLOPs."""
-    lines = ["| FLOPs | model | parameters | FLOPs/token | steps | rate | causal | top-k | against MoE |"]
+    """Dense, MoD, MoE and MoDE of one shape at equal training FLOPs, the best first."""
+    lines = ["| FLOPs | model | parameters | FLOPs/token | steps | rate | causal | top-k | against MoD |"]
     lines.append("|--:|---|--:|--:|--:|--:|--:|--:|--:|")
-    for budget, kinds in with_experts(models).items():
-        for name, model in kinds.items():
-            cells = [
-                short(budget),
-                f"{name}, {model.name}",
-                *size_and_losses(model),
-                "" if name == "MoE" else signed(difference(model, kinds["MoE"])),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
+    for (budget, *_), kinds in with_experts(models).items():
+        for name, model in sorted(kinds.items(), key=lambda pair: pair[1].mean()):
+            against = signed(difference(model, kinds["MoD"])) if name != "MoD" and "MoD" in kinds else ""
+            lines.append(
+                f"| {short(budget)} | {name}, {model.name} | {' | '.join(size_and_losses(model))} | {against} |"
+            )
     return "\n".join(lines)
 
 
-EXPERT_KINDS = ("dense", "MoD", "MoE", "MoE, lowered capacity", "staged MoDE", "integrated MoDE")
+WITHOUT = "dense, without these blocks"
 
 
 def with_experts(models):
-    """Where all of EXPERT_KINDS were trained in one shape, with all seeds: {budget: {kind: model}}."""
+    """{(budget, layers, width): {name: model}} where models with experts were trained with all seeds."""
     found = {}
     for model in models:
-        run = model.run
-        shape = run.budget, run.n_layer, run.n_embd
-        if model.complete and (run.n_expert or model in plain(models, run.budget, model.kind)):
-            found.setdefault(shape, {})[expert_kind(run)] = model
-    return {
-        shape[0]: {name: kinds[name] for name in EXPERT_KINDS}
-        for shape, kinds in sorted(found.items())
-        if set(EXPERT_KINDS) <= kinds.keys()
-    }
-
-
-def expert_kind(run):
-    if not run.n_expert:
-        return "MoD" if run.route_every else "dense"
-    if run.staged or run.n_noop:
-        return "staged MoDE" if run.staged else "integrated MoDE"
-    return "MoE" if run.n_expert * run.expert_capacity == 1 else "MoE, lowered capacity"
+        if model.run.experts and model.complete:
+            found.setdefault((model.run.budget, model.run.n_layer, model.run.n_embd), {})[model.run.experts] = model
+    for (budget, n, width), kinds in found.items():
+        for name, shape in {"dense": (n, width, 0), "MoD": (n, width, 2), WITHOUT: (n // 2, width, 0)}.items():
+            for model in plain(models, budget, "MoD" if name == "MoD" else "dense"):
+                if model.complete and (model.run.n_layer, model.run.n_embd, model.run.route_every) == shape:
+                    kinds[name] = model
+    return dict(sorted(found.items()))
 
 
 # Pictures
@@ -324,7 +302,7 @@ def draw_curves(models, path):
         dense, mod = best_pairs(models)[budget]
         means = [model.mean() for kind in LOOKS for model in plain(models, budget, kind)]
         row[0].set_ylim(min(means) - 0.02, max(means) + 0.02)
-        row[0].set_ylabel("held-out loss, causal (nats per character)")
+        row[0].set_ylabel("held-out loss, causal (nats per character)\nno bar: seed 1 alone")
         row[0].set_title(
             f"{short(budget)} training FLOPs: best MoD (star) {signed(difference(mod, dense))} against best dense",
             fontsize=10,
@@ -436,8 +414,8 @@ SAVING = 0.75  # of the FLOPs per forward pass, at most: what counts as cheaper
 ISOFLOP, ROUTING = "`isoflop.py full`", "`experiments/routing.py all`"
 
 
-def claims(models, routing):
-    """The paper's claims beside what was measured; routing: lines of experiments/routing.py."""
+def claims(models, routing, timed):
+    """The paper's claims beside what was measured; lines of experiments/routing.py, figures of bench.py."""
     pairs = best_pairs(models)
     rows = [
         (
@@ -449,12 +427,12 @@ def claims(models, routing):
         (
             "3. A MoD of fewer FLOPs per forward pass has the best dense loss",
             "up to 50 % fewer",
-            claim_3(models, pairs),
+            claim_3(models, pairs, timed),
         ),
         (
             "4. A MoD of the best dense GPT's size is as good, and faster",
             "upwards of 60 % faster",
-            claim_4(models, pairs),
+            claim_4(models, pairs, timed),
         ),
         ("5. 12.5 % in every other block is best; stochastic routing fails", "yes; drastically worse", claim_5(models)),
         ("6. Without the future the loss is next to the same", "foretold 97-99 %", claim_6(pairs)),
@@ -483,36 +461,42 @@ def claim_2(pairs):
     return "; ".join(here), "reproduced" if all(cheaper) else "partly" if any(larger) else "not", ISOFLOP
 
 
-def claim_3(models, pairs):
+def claim_3(models, pairs, timed):
     """The best MoD model that is cheaper by a margin."""
     return as_good_and_cheaper(
-        models, pairs, lambda mod, dense: mod["forward_flops_per_token"] <= SAVING * dense["forward_flops_per_token"]
+        models,
+        pairs,
+        timed,
+        lambda mod, dense: mod["forward_flops_per_token"] <= SAVING * dense["forward_flops_per_token"],
     )
 
 
-def claim_4(models, pairs):
+def claim_4(models, pairs, timed):
     """The best MoD model of about as many parameters."""
-    return as_good_and_cheaper(models, pairs, lambda mod, dense: 0.8 < mod["parameters"] / dense["parameters"] < 1.25)
+    return as_good_and_cheaper(
+        models, pairs, timed, lambda mod, dense: 0.8 < mod["parameters"] / dense["parameters"] < 1.25
+    )
 
 
-def as_good_and_cheaper(models, pairs, condition):
-    here, verdict = [], "not testable with these sizes"
-    for b, (dense, _) in pairs.items():
-        fit = [model for model in plain(models, b, "MoD") if condition(model, dense)]
-        if not fit:
-            here.append(f"{short(b)}: none in the grid")
-            continue
-        best = best_of(fit)
-        percent, half = difference(best, dense)
-        size, cost = (best[x] / dense[x] for x in ("parameters", "forward_flops_per_token"))
-        time = best.step_seconds() / dense.step_seconds()
-        here.append(
-            f"{short(b)}: {best.name} against {dense.name}, {signed((percent, half))}, with {size:.2f} of the "
-            f"parameters, {cost:.2f} of the FLOPs and {time:.2f} of the time per step"
-        )
-        good, bad = percent + half < MARGIN and cost <= SAVING, percent - half > MARGIN or cost > SAVING
-        verdict = f"{'reproduced' if good else 'not' if bad else 'undecided'}, at {short(b)}"
-    return "; ".join(here), verdict, ISOFLOP
+def as_good_and_cheaper(models, pairs, timed, condition):
+    """At the largest budget."""
+    b, (dense, _) = list(pairs.items())[-1]
+    fit = [model for model in plain(models, b, "MoD") if condition(model, dense)]
+    if not fit:
+        return f"{short(b)}: none in the grid", "not testable with these sizes", ISOFLOP
+    best = best_of(fit)
+    percent, half = difference(best, dense)
+    size, cost = (best[x] / dense[x] for x in ("parameters", "forward_flops_per_token"))
+    here = (
+        f"{short(b)}: {best.name} against {dense.name}, {signed((percent, half))}, with {size:.2f} of the parameters, "
+        f"{cost:.2f} of the FLOPs per forward pass"
+    )
+    shapes = best.run.n_layer, best.run.n_embd, dense.name.replace(" ", "")
+    for figures in timed:
+        if (figures["n_layer"], figures["n_embd"], figures.get("against")) == shapes:
+            here += f", {figures['train_time_ratio']:.2f} of the time of a training step"
+    good, bad = percent + half < MARGIN and cost <= SAVING, percent - half > MARGIN or cost > SAVING
+    return here, f"{'reproduced' if good else 'not' if bad else 'undecided'}, at {short(b)}", ISOFLOP
 
 
 def claim_5(models):
@@ -534,47 +518,54 @@ def claim_5(models):
 
 
 def claim_6(pairs):
-    here, cost, right = [], 0, 1
+    costs, right = {}, 1
     for b, (_, mod) in pairs.items():
-        costs = [100 * (c / t - 1) for c, t in zip(mod.losses(), mod.losses("topk"))]
-        accuracy = [row["report"]["predictor_accuracy"] for row in mod.rows]
-        cost, right = max(cost, statistics.mean(costs)), min(right, *accuracy)
-        here.append(f"{short(b)}: loss {signed_percent(statistics.mean(costs))}, at least {min(accuracy):.1%} foretold")
-    verdict = "reproduced" if cost < 0.3 and right > 0.97 else "partly" if cost < 0.3 else "not"
-    return f"{'; '.join(here)} (base rate 87.5 %)", verdict, ISOFLOP
+        costs[b] = statistics.mean(100 * (c / t - 1) for c, t in zip(mod.losses(), mod.losses("topk")))
+        right = min(right, *(row["report"]["predictor_accuracy"] for row in mod.rows))
+    loss = "; ".join(f"{short(b)}: loss {signed_percent(cost)}" for b, cost in costs.items())
+    small = max(costs.values()) < 0.3
+    verdict = "reproduced" if small and right > 0.97 else "partly" if small else "not"
+    return f"{loss}; at least {right:.1%} foretold (base rate 87.5 %)", verdict, ISOFLOP
 
 
 def claim_7(routing):
     if not routing:
         return "not run yet", "open", ROUTING
     learned = [row["learned"] for row in routing]
-    character, position = (
-        [x or 0 for one in learned for x in one["known_by"][key]] for key in ("character", "position")
+    character, before, position = (
+        [x or 0 for one in learned for x in one["known_by"][key]]
+        for key in ("character", "character and the one before", "position")
     )
     ranks = [0.5 if x is None else x for one in learned for x in one["entropy_ranks_higher"]]
+    uncertain, structured = sum(x > 0.5 for x in ranks), sum(x > 0.2 for x in character)
     here = (
-        f"the character alone tells {min(character):.0%} to {max(character):.0%} of a decision, the position at most "
-        f"{max(position):.0%}; of a taken and another token the taken one has the higher entropy in "
-        f"{min(ranks):.0%} to {max(ranks):.0%} of the pairs ({len(ranks)} blocks of {len(routing)} runs)"
+        f"structured: the character tells {min(character):.0%} to {max(character):.0%} of a decision, with the one "
+        f"before {min(before):.0%} to {max(before):.0%}, the position at most {max(position):.0%}; entropy: in "
+        f"{uncertain} of {len(ranks)} routed blocks the taken tokens are the more uncertain ones, in the others the "
+        "more certain"
     )
-    uncertain, structured = (sum(x > limit for x in part) for part, limit in ((ranks, 0.6), (character, 0.2)))
     if structured < len(character) / 2:
         return here, "not", ROUTING
-    return here, "reproduced" if uncertain == len(ranks) else "partly", ROUTING
+    return here, "reproduced" if uncertain == len(ranks) else "partly: structured, not by entropy", ROUTING
 
 
 def claim_8(models):
-    """Staged MoDE is better than MoD and than MoE; integrated MoDE is better than MoE of the same lowered capacity."""
-    found = with_experts(models)
-    if not found:
-        return "not run yet", "open", "`isoflop.py experts`"
-    budget, kinds = list(found.items())[-1]
-    pairs = [("staged MoDE", "MoD"), ("staged MoDE", "MoE"), ("integrated MoDE", "MoE, lowered capacity")]
-    differences = {pair: difference(*(kinds[name] for name in pair)) for pair in pairs}
-    here = "; ".join(f"{a} against {b} {signed(d)}" for (a, b), d in differences.items())
-    held = [percent < -half for percent, half in differences.values()]
-    verdict = "reproduced" if all(held) else "partly" if any(held) else "not"
-    return here, f"{verdict}, at {short(budget)}", "`isoflop.py experts`"
+    """
+    Experts add to what MoD has, if staged MoDE is better than MoD, and than the dense GPT without the routed blocks.
+
+    That it is better than MoE says less: its steps are cheaper by half, and what that alone is worth, that dense GPT
+    shows. The paper's second finding: integrated MoDE is better than MoE of the same lowered capacity.
+    """
+    judged = [("staged MoDE", "MoD"), ("staged MoDE", WITHOUT), ("integrated MoDE", "MoE, lowered capacity")]
+    pairs = [*judged, ("staged MoDE", "MoE")]
+    for (budget, *_), kinds in reversed(with_experts(models).items()):
+        if kinds.keys() >= {name for pair in pairs for name in pair}:
+            found = {pair: difference(*(kinds[name] for name in pair)) for pair in pairs}
+            here = "; ".join(f"{a} against {b} {signed(d)}" for (a, b), d in found.items())
+            held = [percent < -half for percent, half in (found[pair] for pair in judged)]
+            verdict = "reproduced" if all(held) else "partly" if any(held) else "not"
+            return here, f"{verdict}, at {short(budget)}", "`isoflop.py experts`"
+    return "not run yet", "open", "`isoflop.py experts`"
 
 
 def short(budget):
@@ -583,10 +574,10 @@ def short(budget):
 
 def write(models, results):
     """Draw the pictures into the folder `results`; returns the tables."""
-    if not budgets_of(models):
-        return f"No comparison is whole yet; the lines of single runs are in {results / 'runs.jsonl'}"
-    draw_curves(models, results / "curves.png")
-    parts = [table(models)]
+    parts = []
+    if budgets_of(models):
+        draw_curves(models, results / "curves.png")
+        parts.append(table(models))
     if len(budgets_of(models)) > 1:
         draw_crossover(models, results / "crossover.png")
         parts.append(crossover(models))
@@ -595,4 +586,4 @@ def write(models, results):
         parts.append(ablation_table(models))
     if with_experts(models):
         parts.append(expert_table(models))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or f"Nothing to compare in {results} yet: that takes all seeds of the best models"

@@ -8,6 +8,8 @@ split on which no choice is made: the loss under top-k and under causal routing,
 how well top-k is foretold, over the training; which tokens the routed blocks take.
 """
 
+import math
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -95,11 +97,10 @@ def look(model, tokens, vocab, device):
     return {
         "share": share.tolist(),
         "by_class": {name: taken[kinds == name].mean(axis=0).tolist() for name in CLASSES},
-        "class_share": {name: (kinds == name).mean() for name in CLASSES},
         "by_entropy": by_tenth(entropy, taken),
-        "by_loss": by_tenth(loss, taken),
         "by_position": taken.mean(axis=(0, 2)).round(4).tolist(),
         # The chance that a token which is taken has the higher entropy of two, one taken and one not; 0.5: no relation.
+        # Entropy and loss are the whole model's: the block has worked on the tokens that it took.
         "entropy_ranks_higher": [ranks_higher(entropy, taken[..., i]) for i in range(len(share))],
         "loss_ranks_higher": [ranks_higher(loss, taken[..., i]) for i in range(len(share))],
         # The part of the decision that is known with these: 0 none, 1 all.
@@ -110,6 +111,7 @@ def look(model, tokens, vocab, device):
         },
         # Of the distances between two taken tokens: 0 for a comb, about 0.94 for coins of probability 1/8.
         "gap_variation": [gap_variation(taken[..., i]) for i in range(len(share))],
+        # The share of the tokens that none, one, two, ... of the routed blocks take; and if these were independent.
         "depth": [(depth == n).mean() for n in range(len(share) + 1)],
         "depth_if_independent": np.asarray(independent).tolist(),
         "most_taken": most_taken(letters, taken),
@@ -149,37 +151,67 @@ def gap_variation(taken):
     return float(gaps.std() / gaps.mean()) if len(gaps) else None
 
 
-def most_taken(letters, taken, n=8):
-    """For each routed block the characters of which it takes the largest share, among those that are not rare."""
+def most_taken(letters, taken, n=6):
+    """
+    For each routed block the characters that it takes most often: [character, part of all that the block takes, share
+    of this character's places that it takes].
+    """
     result = []
     names, index, count = np.unique(letters, return_inverse=True, return_counts=True)
     for i in range(taken.shape[-1]):
-        share = np.bincount(index.ravel(), weights=taken[..., i].ravel()) / count
-        share[count < count.sum() / 1000] = -1
-        result.append([[str(names[j]), round(float(share[j]), 3)] for j in share.argsort()[::-1][:n]])
+        hits = np.bincount(index.ravel(), weights=taken[..., i].ravel())
+        most = hits.argsort()[::-1][:n]
+        result.append([[str(names[j]), hits[j] / max(1, hits.sum()), hits[j] / count[j]] for j in most])
     return result
 
 
 def table(rows):
-    """Losses under top-k and causal routing at several lengths; all means and deviations over seeds."""
+    """Losses under top-k and causal routing at several lengths: means, deviations; the interval of the difference."""
     lines = ["| tokens of context | top-k | causal | causal against top-k |", "|--:|--:|--:|--:|"]
     for T in LENGTHS if rows else ():
-        pairs = [(row["lengths"][str(T)]["topk"], row["lengths"][str(T)]["causal"]) for row in rows]
-        topk, causal = zip(*pairs)
-        cost = report.spread([100 * (c / t - 1) for t, c in pairs], "{:.2f}")
-        lines.append(f"| {T} | {report.spread(topk)} | {report.spread(causal)} | {cost} % |")
+        topk, causal = ([row["lengths"][str(T)][routing] for row in rows] for routing in ("topk", "causal"))
+        costs = [100 * (c / t - 1) for c, t in zip(causal, topk)]
+        half = report.T_95 * statistics.stdev(costs) / math.sqrt(len(costs)) if len(costs) > 2 else math.inf
+        cost = report.signed((statistics.mean(costs), half))
+        lines.append(f"| {T} | {report.spread(topk)} | {report.spread(causal)} | {cost} |")
     return "\n".join(lines)
 
 
 def preferences(rows):
-    """The characters of which each routed block takes most."""
-    lines = ["| seed | routed block | the characters that it takes most, and the share of them |", "|--:|--:|---|"]
+    """What each routed block takes."""
+    lines = [
+        "| seed | routed block | the characters that it takes most often: part of its picks (share of theirs) | "
+        "more uncertain | larger loss | spacing |",
+        "|--:|--:|---|--:|--:|--:|",
+    ]
     for row in rows:
-        for i, characters in enumerate(row["learned"]["most_taken"], start=1):
+        learned = row["learned"]
+        for i, characters in enumerate(learned["most_taken"]):
             shown = [
-                f"`{c}`".replace("\n", "\\n").replace("` `", "space") + f" {share:.0%}" for c, share in characters[:6]
+                f"`{c}`".replace("\n", "\\n").replace("` `", "space") + f" {part:.0%} ({share:.0%})"
+                for c, part, share in characters
             ]
-            lines.append(f"| {row['run']['seed']} | {i} | {', '.join(shown)} |")
+            cells = [
+                f"{row['run']['seed']} | {i + 1}",
+                ", ".join(shown),
+                *("-" if learned[key][i] is None else f"{learned[key][i]:.0%}" for key in RANKS),
+                f"{learned['gap_variation'][i]:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+RANKS = ("entropy_ranks_higher", "loss_ranks_higher")
+
+
+def depths(rows):
+    """How many routed blocks take a token, beside what independent blocks of the same shares would."""
+    lines = [f"| seed | {' | '.join(f'{n} blocks' for n in range(MODEL.n_layer // 2 + 1))} |"]
+    lines.append("|--:" * (MODEL.n_layer // 2 + 2) + "|")
+    for row in rows:
+        pairs = zip(row["learned"]["depth"], row["learned"]["depth_if_independent"])
+        cells = [f"{found:.1%} ({independent:.1%})" for found, independent in pairs]
+        lines.append(f"| {row['run']['seed']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -239,12 +271,12 @@ def main(argv=None):
     sets = {"all": wanted, "draw": runner.nothing}
     args = runner.arguments(__doc__.split("\n\n")[0].strip(), sets, "out-routing").parse_args(argv)
     with errors_in_one_line("routing.py", "try fewer --jobs"):
-        train_one = isoflop.prepared(execute, args.results, "shakespeare_works", "auto")
+        train_one = args.set != "draw" and isoflop.prepared(execute, args.results, "shakespeare_works", "cpu")
         done = runner.run_all(sets[args.set], isoflop.Run, train_one, args.results, args.jobs)
         rows = [row for row in done.values() if row["report"]]
         if rows:
             draw(rows, args.results / "routing.png")
-        print(f"{table(rows)}\n\n{preferences(rows)}")
+        print("\n\n".join((table(rows), preferences(rows), depths(rows))))
 
 
 if __name__ == "__main__":
