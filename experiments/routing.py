@@ -206,8 +206,7 @@ RANKS = ("entropy_ranks_higher", "loss_ranks_higher")
 
 def depths(rows):
     """How many routed blocks take a token, beside what independent blocks of the same shares would."""
-    lines = [f"| seed | {' | '.join(f'{n} blocks' for n in range(MODEL.n_layer // 2 + 1))} |"]
-    lines.append("|--:" * (MODEL.n_layer // 2 + 2) + "|")
+    lines = ["| seed | taken by no block | by one | by two | by all three |", "|--:|--:|--:|--:|--:|"]
     for row in rows:
         pairs = zip(row["learned"]["depth"], row["learned"]["depth_if_independent"])
         cells = [f"{found:.1%} ({independent:.1%})" for found, independent in pairs]
