@@ -936,10 +936,3 @@ def test_the_readmes_equation_table_quotes_lines_and_tests_that_exist():
     assert len(rows) > 10
     for line, test in rows:
         assert line in code and f"def {test}(" in tests
-
-
-def test_the_readmes_results_are_those_of_the_result_files():
-    runs = [plot.read_run(path) for path in sorted((ROOT / "results" / "shakespeare_cpu").glob("*-*"))]
-    assert len(runs) == 12
-    generated = re.search(r"<!-- generated: [^\n]* -->\n(.*?)\n<!-- end -->", README, flags=re.DOTALL).group(1)
-    assert generated == plot.table(plot.group_by_setting(runs))

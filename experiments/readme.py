@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, this file's own folder stands there alone
 import isoflop  # noqa: E402
+import plot  # noqa: E402
 from experiments import known_depth, report, routing, runner  # noqa: E402
 
 RESULTS = ROOT / "results"
@@ -20,7 +21,7 @@ FILES = (ROOT / "README.md", RESULTS / "README.md")
 
 
 def measured():
-    """What there is: models of isoflop.py, lines of routing.py, models of known_depth.py, figures of bench.py."""
+    """Models of isoflop.py, lines of routing.py, models of known_depth.py, figures of bench.py, runs of the presets."""
     learned = sorted(runner.read(RESULTS / "routing", isoflop.Run).values(), key=lambda row: row["run"]["seed"])
     timed = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "bench").glob("*.json"))]
     timed.sort(key=lambda figures: (figures["n_layer"], figures.get("n_expert", 0), figures.get("train_flop_ratio", 0)))
@@ -29,12 +30,14 @@ def measured():
         learned,
         known_depth.ordered(runner.read(RESULTS / "known_depth", known_depth.Run)),
         timed,
+        [plot.read_run(path) for path in sorted((RESULTS / "shakespeare_cpu").glob("*-*"))],
     )
 
 
-def blocks(models, learned, known, timed):
+def blocks(models, learned, known, timed, presets):
     """The generated parts, {NAME: text}."""
     return {
+        "presets": plot.table(plot.group_by_setting(presets)),
         "training speed": training_speed(timed),
         "sampling speed": sampling_speed(timed),
         "claims": report.claims(models, learned, timed),
@@ -108,11 +111,12 @@ def filled(text, parts):
 
 
 def main():
-    models, learned, known, timed = measured()
+    models, learned, known, timed, presets = measured()
     report.write(models, RESULTS / "isoflop")
     routing.draw(learned, RESULTS / "routing" / "routing.png")
     known_depth.draw(known, RESULTS / "known_depth" / "known_depth.png")
-    parts = blocks(models, learned, known, timed)
+    plot.draw(plot.group_by_setting(presets), "flops", RESULTS / "shakespeare_cpu" / "losses.png")
+    parts = blocks(models, learned, known, timed, presets)
     for path in FILES:
         path.write_text(filled(path.read_text(encoding="utf-8"), parts), encoding="utf-8", newline="\n")
         print(path)
