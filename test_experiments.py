@@ -515,16 +515,16 @@ def test_the_last_claim_needs_all_its_models_in_one_shape_and_is_printed_without
     losses = {"MoE": 1.640, "MoE, lowered capacity": 1.640, "staged MoDE": 1.600, "integrated MoDE": 1.630}
 
     def last():
-        return report.claims(report.models_of(done), [], []).splitlines()[9]
+        return report.claim_8(report.models_of(done))
 
     for name, loss in losses.items():
         run = replace(MOD, **isoflop.EXPERTS[name])
         assert run.experts == name and not run.plain
         done |= lines_of(run, [1, loss, loss, loss + 0.001])
     done |= lines_of(replace(MOD, route_every=0), [1, 1.7, 1.7, 1.7])
-    assert "| open |" in last()
+    assert last()[1] == "open"
     done |= lines_of(DENSE, [1, 1.61, 1.61, 1.611])  # MoD's shape without its routed blocks
-    assert "| reproduced, at 1e13 |" in last() and "staged MoDE against MoE -2.50 %" in last()
+    assert last()[1] == "reproduced, at 1e13" and "staged MoDE against MoE -2.44 %" in last()[0]
     table = report.write(report.models_of(done), tmp_path)
     assert table == report.expert_table(report.models_of(done)) and table.count("\n") == 8
     assert [line.split(" | ")[1] for line in table.splitlines()[2:4]] == [
@@ -532,7 +532,12 @@ def test_the_last_claim_needs_all_its_models_in_one_shape_and_is_printed_without
         "dense, without these blocks, 2 x 64",
     ]
     done |= lines_of(DENSE, [1, 1.59, 1.59, 1.591])
-    assert "| partly, at 1e13 |" in last()
+    assert last()[1] == "partly, at 1e13"
+    for name, loss in losses.items():
+        done |= lines_of(replace(MOD, **isoflop.EXPERTS[name]), [1, loss - 0.1, loss, loss + 0.1])
+    assert last()[1] == "no difference seen, at 1e13"
+    done |= lines_of(replace(MOD, **isoflop.EXPERTS["staged MoDE"]), [1, 1.64, 1.64, 1.641])
+    assert last()[1] == "not, at 1e13"
 
 
 def test_a_kind_of_experts_that_somebody_adds_has_its_own_row(monkeypatch):

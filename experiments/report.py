@@ -562,8 +562,10 @@ def claim_8(models):
         if kinds.keys() >= {name for pair in pairs for name in pair}:
             found = {pair: difference(*(kinds[name] for name in pair)) for pair in pairs}
             here = "; ".join(f"{a} against {b} {signed(d)}" for (a, b), d in found.items())
-            held = [percent < -half for percent, half in (found[pair] for pair in judged)]
-            verdict = "reproduced" if all(held) else "partly" if any(held) else "not"
+            better, worse = ([sign * found[pair][0] > found[pair][1] for pair in judged] for sign in (-1, 1))
+            verdict = "reproduced" if all(better) else "partly" if any(better) else "not"
+            if not any(better) and not any(worse):
+                verdict = "no difference seen"  # as for claim 1
             return here, f"{verdict}, at {short(budget)}", "`isoflop.py experts`"
     return "not run yet", "open", "`isoflop.py experts`"
 
