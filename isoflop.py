@@ -275,7 +275,9 @@ def main(argv=None):
     parser.add_argument("--device", help="as train.py's (cpu; with the set gpu: auto)")
     args = parser.parse_args(argv)
     with errors_in_one_line("isoflop.py", "try fewer --jobs"):
-        device = args.device or ("auto" if args.set == "gpu" else "cpu")
+        device = args.device or (pick_device("auto") if args.set == "gpu" else "cpu")
+        if args.set == "gpu" and not args.device and device == "cpu":
+            raise UserError("the set gpu found no GPU; on a CPU it takes weeks, and begins only with --device=cpu")
         train_one_of_them = args.set != "draw" and prepared(execute, args.results, args.dataset, device)
         done = runner.run_all(SETS[args.set], Run, train_one_of_them, args.results, args.jobs)
         print(report.write(report.models_of(done), args.results))

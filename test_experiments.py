@@ -208,6 +208,19 @@ def test_all_runs_of_a_budget_cost_the_same_and_name_different_folders(wanted):
         assert 0.99 * run.budget < steps * flops <= run.budget
 
 
+def test_the_set_for_a_gpu_does_not_begin_without_one_unasked(monkeypatch, tmp_path):
+    monkeypatch.setattr(isoflop, "pick_device", lambda name: "cpu")
+    with pytest.raises(SystemExit) as end:
+        isoflop.main(["gpu", f"--results={tmp_path}"])
+    assert "found no GPU" in end.value.code and not list(tmp_path.iterdir())
+
+
+def test_draw_needs_no_data(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(isoflop, "load_dataset", None)
+    isoflop.main(["draw", f"--results={tmp_path}"])
+    assert "Nothing to compare" in capsys.readouterr().out
+
+
 # One run
 
 
@@ -367,6 +380,58 @@ def test_what_a_block_takes_most_often_is_by_its_picks_not_by_its_share_of_a_rar
     assert routing.most_taken(letters, taken, n=2) == [[["a", 0.75, 0.375], ["b", 0.25, 1.0]]]
 
 
+def learned(ranks=(0.9, 0.5, 0.1), gap=0.5, character=0.5):
+    """What routing.look returns, made up, as far as tables and claims need it."""
+    return {
+        "most_taken": [[["a", 0.75, 0.375], [" ", 0.25, 1.0], ["\n", 0.0, 0.0]]] * len(ranks),
+        "entropy_ranks_higher": list(ranks),
+        "loss_ranks_higher": list(ranks),
+        "gap_variation": [gap] * len(ranks),
+        "depth": [0.7, 0.2, 0.07, 0.03],
+        "depth_if_independent": [0.67, 0.29, 0.03, 0.01],
+        "known_by": {
+            "character": [character] * len(ranks),
+            "character and the one before": [0.8] * len(ranks),
+            "position": [0.001] * len(ranks),
+        },
+    }
+
+
+def test_the_tables_of_what_the_router_learned():
+    found = {"run": {"seed": 2}, "learned": learned(ranks=(0.9, None, 0.1), gap=None)}
+    lines = routing.preferences([found]).splitlines()
+    assert lines[2] == "| 2 | 1 | `a` 75% (38%), space 25% (100%), `\\n` 0% (0%) | 90% | 90% | - |"
+    assert lines[3].endswith(" | - | - | - |")
+    assert routing.depths([found]).splitlines() == [
+        "| seed | by 0 | by 1 | by 2 | by 3 |",
+        "|--:|--:|--:|--:|--:|",
+        "| 2 | 70.0% (67.0%) | 20.0% (29.0%) | 7.0% (3.0%) | 3.0% (1.0%) |",
+    ]
+
+
+def test_the_table_of_shorter_contexts_has_the_interval_of_the_difference():
+    losses = [{"topk": 2.0, "causal": 2.0 * (1 + percent / 100)} for percent in (1.0, 2.0, 3.0)]
+    rows = [{"lengths": {str(T): loss for T in routing.LENGTHS}} for loss in losses]
+    # Student's t: 4.303 times a standard deviation of 1 over the root of 3
+    assert routing.table(rows).splitlines()[2] == "| 16 | 2.0000 ± 0.0000 | 2.0400 ± 0.0200 | +2.00 % ± 2.48 |"
+
+
+@pytest.mark.parametrize(
+    "options, verdict",
+    [
+        (dict(ranks=(0.61, 0.9, 0.7)), "reproduced"),
+        (dict(ranks=(0.59, 0.9, 0.7)), "partly: structured, not by entropy"),
+        (dict(character=0.1), "not"),
+    ],
+)
+def test_the_seventh_claims_verdict(options, verdict):
+    assert report.claim_7([{"learned": learned(**options)}])[1] == verdict
+    assert (
+        "of 3 routed blocks 1 clearly take the more uncertain tokens, 1 the more"
+        in report.claim_7([{"learned": learned()}])[0]
+    )
+
+
 def test_gaps_of_a_comb_do_not_vary_and_those_of_coins_do():
     comb = np.zeros((3, 800), dtype=bool)
     comb[:, 7::8] = True
@@ -522,6 +587,7 @@ def test_the_last_claim_needs_all_its_models_in_one_shape_and_is_printed_without
         assert run.experts == name and not run.plain
         done |= lines_of(run, [1, loss, loss, loss + 0.001])
     done |= lines_of(replace(MOD, route_every=0), [1, 1.7, 1.7, 1.7])
+    done |= lines_of(replace(DENSE, n_embd=32), [1, 1.5, 1.5, 1.5])  # of another width
     assert last()[1] == "open"
     done |= lines_of(DENSE, [1, 1.61, 1.61, 1.611])  # MoD's shape without its routed blocks
     assert last()[1] == "reproduced, at 1e13" and "staged MoDE against MoE -2.44 %" in last()[0]
@@ -559,7 +625,7 @@ def test_the_time_of_a_training_step_is_that_of_the_bench_for_the_same_two_model
     assert "0.78 of the time of a training step" in third(
         [{"n_layer": 4, "n_embd": 48, "train_time_ratio": 0.5}, bench]
     )
-    assert "time" not in third([{**bench, "against": "1x64"}])
+    assert "time not measured" in third([{**bench, "against": "1x64"}])
 
 
 def test_changes_of_any_routing_interval_have_a_name():
@@ -582,7 +648,39 @@ def test_the_pictures_can_be_drawn(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000 and (tmp_path / "changes.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    "sizes, verdict",
+    [
+        ([(2.0, 0.9), (2.0, 1.0)], "reproduced"),
+        ([(2.0, 1.1), (2.0, 1.0)], "partly"),
+        ([(2.0, 1.1), (2.0, 1.1)], "not"),
+        ([(0.9, 0.5)], "not"),
+    ],
+)
+def test_the_second_claim_is_of_models_that_are_larger_and_no_dearer(sizes, verdict):
+    models = [{"parameters": size, "forward_flops_per_token": cost} for size, cost in sizes]
+    dense = {"parameters": 1, "forward_flops_per_token": 1}
+    assert report.claim_2({10.0**i: (dense, mod) for i, mod in enumerate(models)})[1] == verdict
+
+
 # The READMEs
+
+
+def test_the_tables_of_speed_say_whose_figures_they_are():
+    training = {"part": "training", "n_layer": 2, "n_embd": 64, "block_size": 128, "batch_size": 8}
+    training |= {"train_flop_ratio": 0.5, "train_time_ratio": 0.6, "against": "1x96"}
+    experts = {**training, "against": "", "n_expert": 4, "n_noop": 4, "staged": False}
+    assert readme.training_speed([training, experts]).splitlines()[2:] == [
+        "| MoD 2 x 64, context 128, against dense 1 x 96 | 8 | 0.50 | 0.60 | 1.20 |",
+        "| integrated MoDE 2 x 64, context 128 | 8 | 0.50 | 0.60 | 1.20 |",
+    ]
+    mod, dense = ({"tokens_per_second": n, "ideal_tokens_per_second": 1000.0} for n in (300.0, 200.0))
+    figures = {"decode_speedup": 1.5, "decode_ideal_speedup": 1.75, "taken": 0.1, "cache_bytes_ratio": 0.6}
+    figures |= {"cache_speedup": 9.4, "mod": mod, "dense": dense, "part": "sampling"}
+    figures |= {"n_layer": 2, "n_embd": 64, "block_size": 128}
+    lines = readme.sampling_speed([{**figures, "batch_16": {**figures, "cache_speedup": 40}}, training]).splitlines()
+    expected = "| 2 x 64, context 128 | {} | 300 | 200 | **1.50** | 1.75 | 30%, 20% | 10.0% | 0.60 | {} |"
+    assert lines[2:] == [expected.format(1, 9), expected.format(16, 40)]
 
 
 def test_each_part_goes_to_its_place():

@@ -22,12 +22,11 @@ FILES = (ROOT / "README.md", RESULTS / "README.md")
 
 def measured():
     """Models of isoflop.py, lines of routing.py, models of known_depth.py, figures of bench.py, runs of the presets."""
-    learned = sorted(runner.read(RESULTS / "routing", isoflop.Run).values(), key=lambda row: row["run"]["seed"])
     timed = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "bench").glob("*.json"))]
     timed.sort(key=lambda figures: (figures["n_layer"], figures.get("n_expert", 0), figures.get("train_flop_ratio", 0)))
     return (
         report.models_of(runner.read(RESULTS / "isoflop", isoflop.Run)),
-        learned,
+        routing.ordered(runner.read(RESULTS / "routing", isoflop.Run)),
         known_depth.ordered(runner.read(RESULTS / "known_depth", known_depth.Run)),
         timed,
         [plot.read_run(path) for path in sorted((RESULTS / "shakespeare_cpu").glob("*-*"))],
@@ -53,7 +52,7 @@ def blocks(models, learned, known, timed, presets):
 
 
 def training_speed(timed):
-    """Step times of bench.py, against the dense GPT of the same shape."""
+    """Step times of bench.py, against a dense GPT."""
     lines = ["| model | batch | FLOPs / dense | time / dense | time / FLOPs |", "|---|--:|--:|--:|--:|"]
     for figures in timed:
         if figures["part"] != "sampling":
@@ -70,7 +69,7 @@ def sampling_speed(timed):
     """Sampling of bench.py, MoD against the dense GPT of the same shape."""
     lines = [
         "| model | texts at once | tokens/s, MoD | tokens/s, dense | times as fast | at best "
-        "| MoD, dense, of their best | entered | cache / dense | without it, times as long |",
+        "| MoD, dense, of their best | entered | cache / dense | no cache, times as long |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for figures in timed:

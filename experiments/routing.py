@@ -165,6 +165,11 @@ def most_taken(letters, taken, n=6):
     return result
 
 
+def ordered(done):
+    """The lines with figures, by seed."""
+    return sorted((row for row in done.values() if row["report"]), key=lambda row: row["run"]["seed"])
+
+
 def table(rows):
     """Losses under top-k and causal routing at several lengths: means, deviations; the interval of the difference."""
     lines = ["| tokens of context | top-k | causal | causal against top-k |", "|--:|--:|--:|--:|"]
@@ -194,19 +199,19 @@ def preferences(rows):
             cells = [
                 f"{row['run']['seed']} | {i + 1}",
                 ", ".join(shown),
-                *("-" if learned[key][i] is None else f"{learned[key][i]:.0%}" for key in RANKS),
-                f"{learned['gap_variation'][i]:.2f}",
+                *("-" if learned[key][i] is None else f"{learned[key][i]:{form}}" for key, form in SHOWN.items()),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-RANKS = ("entropy_ranks_higher", "loss_ranks_higher")
+SHOWN = {"entropy_ranks_higher": ".0%", "loss_ranks_higher": ".0%", "gap_variation": ".2f"}
 
 
 def depths(rows):
     """How many routed blocks take a token, beside what independent blocks of the same shares would."""
-    lines = ["| seed | taken by no block | by one | by two | by all three |", "|--:|--:|--:|--:|--:|"]
+    blocks = MODEL.n_layer // MODEL.route_every
+    lines = [f"| seed | {' | '.join(f'by {n}' for n in range(blocks + 1))} |", "|--:" * (blocks + 2) + "|"]
     for row in rows:
         pairs = zip(row["learned"]["depth"], row["learned"]["depth_if_independent"])
         cells = [f"{found:.1%} ({independent:.1%})" for found, independent in pairs]
@@ -272,7 +277,7 @@ def main(argv=None):
     with errors_in_one_line("routing.py", "try fewer --jobs"):
         train_one = args.set != "draw" and isoflop.prepared(execute, args.results, "shakespeare_works", "cpu")
         done = runner.run_all(sets[args.set], isoflop.Run, train_one, args.results, args.jobs)
-        rows = [row for row in done.values() if row["report"]]
+        rows = ordered(done)
         if rows:
             draw(rows, args.results / "routing.png")
         print("\n\n".join((table(rows), preferences(rows), depths(rows))))
