@@ -278,7 +278,7 @@ def main(argv=None):
     with errors_in_one_line("isoflop.py", "try fewer --jobs"):
         device = args.device or (pick_device("auto") if args.set == "gpu" else "cpu")
         if args.set == "gpu" and not args.device and device == "cpu":
-            raise UserError("the set gpu found no GPU; on a CPU it takes weeks, and begins only with --device=cpu")
+            raise UserError("the set gpu found no GPU; on a CPU it takes days, and begins only with --device=cpu")
         train_one_of_them = args.set != "draw" and prepared(execute, args.results, args.dataset, device)
         done = runner.run_all(SETS[args.set], Run, train_one_of_them, args.results, args.jobs)
         print(report.write(report.models_of(done), args.results))

@@ -403,7 +403,7 @@ def test_the_tables_of_what_the_router_learned():
     assert lines[2] == "| 2 | 1 | `a` 75% (38%), space 25% (100%), `\\n` 0% (0%) | 90% | 90% | - |"
     assert lines[3].endswith(" | - | - | - |")
     assert routing.depths([found]).splitlines() == [
-        "| seed | by 0 | by 1 | by 2 | by 3 |",
+        "| seed | taken by 0 | taken by 1 | taken by 2 | taken by 3 |",
         "|--:|--:|--:|--:|--:|",
         "| 2 | 70.0% (67.0%) | 20.0% (29.0%) | 7.0% (3.0%) | 3.0% (1.0%) |",
     ]

@@ -211,7 +211,7 @@ SHOWN = {"entropy_ranks_higher": ".0%", "loss_ranks_higher": ".0%", "gap_variati
 def depths(rows):
     """How many routed blocks take a token, beside what independent blocks of the same shares would."""
     blocks = MODEL.n_layer // MODEL.route_every
-    lines = [f"| seed | {' | '.join(f'by {n}' for n in range(blocks + 1))} |", "|--:" * (blocks + 2) + "|"]
+    lines = [f"| seed | {' | '.join(f'taken by {n}' for n in range(blocks + 1))} |", "|--:" * (blocks + 2) + "|"]
     for row in rows:
         pairs = zip(row["learned"]["depth"], row["learned"]["depth_if_independent"])
         cells = [f"{found:.1%} ({independent:.1%})" for found, independent in pairs]
