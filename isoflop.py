@@ -162,13 +162,9 @@ def experts(done, budget=1e13):
     """MoD, MoE and MoDE of one shape, dense GPTs with and without the blocks that MoD routes; all at their best."""
     shape = Run(budget, 4, 128, 2)
     dense = replace(shape, route_every=0)
+    with_experts = [replace(shape, **options) for options in EXPERTS.values()]
     todo = []
-    for run in (
-        shape,
-        dense,
-        replace(dense, n_layer=2),
-        *(replace(shape, **options) for options in EXPERTS.values()),
-    ):
+    for run in (shape, dense, replace(dense, n_layer=2), *with_experts):
         run, missing = search(run, done)
         todo += missing or seeds(run, done)
     return todo
@@ -276,9 +272,11 @@ def main(argv=None):
     parser.add_argument("--device", help="as train.py's (cpu; with the set gpu: auto)")
     args = parser.parse_args(argv)
     with errors_in_one_line("isoflop.py", "try fewer --jobs"):
-        device = args.device or (pick_device("auto") if args.set == "gpu" else "cpu")
-        if args.set == "gpu" and not args.device and device == "cpu":
-            raise UserError("the set gpu found no GPU; on a CPU it takes days, and begins only with --device=cpu")
+        device = args.device or "cpu"
+        if args.set == "gpu" and not args.device:
+            device = pick_device("auto")
+            if device == "cpu":
+                raise UserError("the set gpu found no GPU; on a CPU it takes days, and begins only with --device=cpu")
         train_one_of_them = args.set != "draw" and prepared(execute, args.results, args.dataset, device)
         done = runner.run_all(SETS[args.set], Run, train_one_of_them, args.results, args.jobs)
         print(report.write(report.models_of(done), args.results))
