@@ -25,7 +25,7 @@ import checkpoint
 import mod
 from configurator import UserError, errors_in_one_line, pick_device
 from experiments import report, runner
-from experiments.runner import SEEDS, loss_for_choice, search, seeds
+from experiments.runner import FRESH, SEEDS, loss_for_choice, search, seeds
 from experiments.variants import VARIANTS
 from train import Diverged, TrainConfig, evaluate, forward_flops, load_dataset, model_config, number_of_steps, train
 
@@ -99,8 +99,9 @@ def compared(budget, sizes, done):
     The runs that are still needed to compare dense and MoD at one budget.
 
     First each size at learning rates around its best one, with one seed. Then the other seeds, at that learning rate,
-    for the three best sizes of each kind and for the rival of the best MoD model. "Best" is by the half of the
-    validation split that is for choosing.
+    for the three best sizes of each kind and for the rival of the best MoD model. Then fresh seeds for the models that
+    the paper's claims compare, the best by the mean of all seeds before. "Best" is by the half of the validation split
+    that is for choosing.
     """
     todo, ranked = [], {}
     for route_every in (0, 2):
@@ -116,7 +117,11 @@ def compared(budget, sizes, done):
     repeat = ranked[0][:3] + ranked[2][:3]
     top = ranked[2][0]
     repeat += [run for run in ranked[0][3:] if (run.n_layer, run.n_embd) == (top.n_layer // 2, top.n_embd)]
-    return [again for run in repeat for again in seeds(run, done)]
+    todo = [again for run in repeat for again in seeds(run, done)]
+    if todo:
+        return todo
+    runs = dict.fromkeys(model.run for model in report.judged(report.models_of(done), budget))  # one may be there twice
+    return [again for run in runs for again in seeds(run, done, SEEDS[1:] + FRESH)]
 
 
 def ablations(budget, sizes, done):
@@ -124,7 +129,8 @@ def ablations(budget, sizes, done):
     todo = compared(budget, sizes, done)
     if todo:
         return todo
-    for run in changed(best(budget, 2, done)):
+    base = report.best_of(report.plain(report.models_of(done), budget, "MoD"))
+    for run in changed(base.run):
         run, missing = search(run, done)
         todo += missing or seeds(run, done)
     return todo
@@ -142,12 +148,6 @@ def changed(run):
         # and the rival at those lengths, without which they say nothing
         *(replace(run, block_size=T, route_every=0, n_layer=run.n_layer // 2) for T in (64, 256)),
     ]
-
-
-def best(budget, route_every, done):
-    """The best of a budget's dense (0) or MoD (2) models, by the half for choosing."""
-    plain = [run for run in done if run.plain and (run.budget, run.route_every) == (budget, route_every)]
-    return min((run for run in plain if run.seed == SEEDS[0]), key=lambda run: loss_for_choice(run, done))
 
 
 EXPERTS = {  # in every other block, those that MoD would route

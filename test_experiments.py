@@ -152,11 +152,11 @@ def finish(wanted, loss):
         assert len(set(todo)) == len(todo) and not set(todo) & set(done)
         run = todo[0]
         half = {"val_loss_causal": loss(run)}
-        done[run] = {"choose": half, "report": half}
+        done[run] = {"choose": half, "report": half, "parameters": run.n_embd, "forward_flops_per_token": run.n_embd}
     return done
 
 
-def test_a_comparison_gives_seeds_to_the_three_best_of_each_kind_and_to_the_rival_of_the_best_mod():
+def test_a_comparison_gives_seeds_to_the_three_best_of_each_kind_and_fresh_ones_to_the_best_and_the_rival():
     rng = random.Random(0)
     quality = {}
 
@@ -178,8 +178,18 @@ def test_a_comparison_gives_seeds_to_the_three_best_of_each_kind_and_to_the_riva
         assert repeated == {*order[:3], *([] if route_every else [(3, 64)])}
         for size in repeated:
             seeds = [run for run in of_kind if (run.n_layer, run.n_embd) == size and run.learning_rate == 0.01]
-            assert {run.seed for run in seeds} == set(runner.SEEDS)
-    assert isoflop.best(3e12, 2, done) == isoflop.Run(3e12, 6, 64, 2, 0.01)
+            compared = size in ([(6, 64)] if route_every else [order[0], (3, 64)])
+            assert {run.seed for run in seeds} == {*runner.SEEDS, *(runner.FRESH if compared else ())}
+
+
+def test_a_lucky_first_seed_does_not_choose_the_model_that_gets_fresh_seeds():
+    def loss(run):
+        lucky = run.route_every and run.n_embd == 96 and run.seed == 1
+        return run.n_embd / 1000 + abs(math.log(run.learning_rate / 0.005)) - 0.1 * lucky
+
+    done = finish(lambda done: isoflop.compared(3e12, ((1, 64), (1, 96)), done), loss)
+    fresh = {(run.n_layer, run.n_embd) for run in done if run.seed in runner.FRESH}
+    assert fresh == {(1, 64), (2, 64)} and {run.seed for run in done} == {*runner.SEEDS, *runner.FRESH}
 
 
 def test_the_ablations_change_one_thing_each_at_a_rate_of_their_own():
@@ -187,7 +197,7 @@ def test_the_ablations_change_one_thing_each_at_a_rate_of_their_own():
         return run.n_embd / 1000 + abs(math.log(run.learning_rate / 0.0025)) + 0.001 * run.seed
 
     done = finish(lambda done: isoflop.ablations(1e13, isoflop.SIZES[1e13], done), loss)
-    base = isoflop.best(1e13, 2, done)
+    base = report.best_of(report.plain(report.models_of(done), 1e13, "MoD")).run
     for other in isoflop.changed(base):
         different = {name for name in vars(base) if getattr(other, name) != getattr(base, name)}
         assert len(different) == 1 or different == {"block_size", "route_every", "n_layer"}

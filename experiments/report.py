@@ -10,7 +10,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure  # no pyplot: it draws to files, and leaves a notebook's own drawing alone
 
 from checkpoint import write_whole
-from experiments.runner import SEEDS
+from experiments.runner import FRESH, SEEDS, loss_for_choice
 
 LOOKS = {
     "dense": dict(color="#1f4e79", marker="o", linestyle="-"),
@@ -18,17 +18,19 @@ LOOKS = {
 }
 
 
-# Half of a 95 % interval in standard errors: Student's t with 2 degrees of freedom, the least that three seeds have.
-T_95 = 4.30
+MARGIN = 0.5  # percent of the loss: what is still "as good"
+SAVING = 0.75  # of the FLOPs per forward pass, at most: what counts as cheaper
+# Half of a 95 % interval in standard errors, by the number of seeds: Student's t with one degree of freedom less.
+T_95 = {3: 4.30, 6: 2.57}
 
 
 @dataclass
 class Model:
-    """The runs of one model at its best learning rate. Seed 1 chose; the figures are of the others, if any."""
+    """The runs of one model at its best learning rate."""
 
     run: object  # of seed 1: isoflop.Run or another experiment's
-    choice: float  # its loss on the data for choosing
-    rows: list  # the lines that the figures are of
+    choice: float  # the loss on the data for choosing: the mean of SEEDS once all are there, before that seed 1's
+    rows: list  # the lines that the figures are of: FRESH seeds; before they are all there, SEEDS but the first, or it
 
     @property
     def kind(self):
@@ -40,7 +42,7 @@ class Model:
 
     @property
     def complete(self):
-        return len(self.rows) == len(SEEDS) - 1
+        return len(self.rows) >= len(SEEDS) - 1
 
     def __getitem__(self, name):
         return self.rows[0][name]
@@ -65,14 +67,19 @@ def spread(values, form="{:.4f}"):
 def models_of(done):
     """Each model at the learning rate that was best on the data for choosing; none of which a seed diverged."""
     best = {}
-    for run, row in done.items():
+    for run in done:
         key = replace(run, learning_rate=0)
-        if run.seed == SEEDS[0] and row["choose"]:
-            others = [done[again] for seed in SEEDS[1:] if (again := replace(run, seed=seed)) in done]
-            model = Model(run, row["choose"]["val_loss_causal"], others or [row])
-            if key not in best or model.choice < best[key].choice:
-                best[key] = model
-    return [model for model in best.values() if all(row["report"] for row in model.rows)]
+        if run.seed == SEEDS[0] and loss_for_choice(run, done) < loss_for_choice(best.get(key), done):
+            best[key] = run
+    models = []
+    for run in best.values():
+        runs = [[replace(run, seed=seed) for seed in group] for group in (SEEDS, FRESH)]
+        first, fresh = ([done[again] for again in group if again in done] for group in runs)
+        if all(row["report"] for row in first + fresh):
+            choosing = first if len(first) == len(SEEDS) else first[:1]
+            choice = statistics.mean(row["choose"]["val_loss_causal"] for row in choosing)
+            models.append(Model(run, choice, fresh if len(fresh) == len(FRESH) else first[1:] or first))
+    return models
 
 
 def plain(models, budget, kind):
@@ -82,8 +89,8 @@ def plain(models, budget, kind):
 
 
 def best_of(models):
-    """The best model, by the half for choosing."""
-    return min(models, key=lambda model: model.choice)
+    """The best model, by the half for choosing; of those with all seeds, if there are any: one may be lucky."""
+    return min([model for model in models if model.complete] or models, key=lambda model: model.choice, default=None)
 
 
 def difference(a, b):
@@ -92,7 +99,7 @@ def difference(a, b):
     if not (a.complete and b.complete):
         return percent, math.inf
     error = math.hypot(*(model.deviation() / math.sqrt(len(model.rows)) for model in (a, b)))
-    return percent, T_95 * 100 * error / b.mean()
+    return percent, T_95[min(len(a.rows), len(b.rows))] * 100 * error / b.mean()
 
 
 def signed(difference):
@@ -121,6 +128,27 @@ def rival_of(model, models):
     for other in plain(models, model.run.budget, "dense"):
         if (other.run.n_layer, other.run.n_embd) == (model.run.n_layer // 2, model.run.n_embd):
             return other
+
+
+def cheaper(models, dense):
+    """The best MoD model of the budget that is cheaper in a forward pass than this dense one by a margin, or None."""
+    most = SAVING * dense["forward_flops_per_token"]
+    return best_of([m for m in plain(models, dense.run.budget, "MoD") if m["forward_flops_per_token"] <= most])
+
+
+def as_large(models, dense):
+    """The best MoD model of the budget with about as many parameters as this dense one, or None."""
+    found = plain(models, dense.run.budget, "MoD")
+    return best_of([m for m in found if 0.8 < m["parameters"] / dense["parameters"] < 1.25])
+
+
+def judged(models, budget):
+    """The models that claims 1 to 4 compare at a budget, and the rival of the best MoD."""
+    dense, mod = (best_of(plain(models, budget, kind)) for kind in LOOKS)
+    if not dense or not mod:  # all of a kind diverged
+        return []
+    found = dense, mod, rival_of(mod, models), cheaper(models, dense), as_large(models, dense)
+    return [model for model in found if model]
 
 
 def table(models):
@@ -409,8 +437,6 @@ def draw_changes(models, path):
 
 # The paper's claims
 
-MARGIN = 0.5  # percent of the loss: what is still "as good"
-SAVING = 0.75  # of the FLOPs per forward pass, at most: what counts as cheaper
 ISOFLOP, ROUTING = "`isoflop.py full`", "`experiments/routing.py all`"
 
 
@@ -427,12 +453,12 @@ def claims(models, routing, timed):
         (
             "3. A MoD of fewer FLOPs per forward pass has the best dense loss",
             "up to 50 % fewer",
-            claim_3(models, pairs, timed),
+            as_good_and_cheaper(models, pairs, timed, cheaper),
         ),
         (
             "4. A MoD of the best dense GPT's size is as good, and faster",
             "upwards of 60 % faster",
-            claim_4(models, pairs, timed),
+            as_good_and_cheaper(models, pairs, timed, as_large),
         ),
         ("5. 12.5 % in every other block is best; stochastic routing fails", "yes; drastically worse", claim_5(models)),
         ("6. Without the future the loss is next to the same", "foretold 97-99 %", claim_6(pairs)),
@@ -460,37 +486,20 @@ def claim_2(pairs):
     return "; ".join(here), "reproduced" if all(cheaper) else "partly" if any(cheaper) else "not", ISOFLOP
 
 
-def claim_3(models, pairs, timed):
-    """The best MoD model that is cheaper by a margin."""
-    return as_good_and_cheaper(
-        models,
-        pairs,
-        timed,
-        lambda mod, dense: mod["forward_flops_per_token"] <= SAVING * dense["forward_flops_per_token"],
-    )
-
-
-def claim_4(models, pairs, timed):
-    """The best MoD model of about as many parameters."""
-    return as_good_and_cheaper(
-        models, pairs, timed, lambda mod, dense: 0.8 < mod["parameters"] / dense["parameters"] < 1.25
-    )
-
-
-def as_good_and_cheaper(models, pairs, timed, condition):
+def as_good_and_cheaper(models, pairs, timed, choose):
+    """Claims 3 and 4: whether choose(models, best dense GPT) is as good as that one, at fewer FLOPs in a pass."""
     here, verdict = [], "not testable with these sizes"
     for b, (dense, _) in pairs.items():
-        fit = [model for model in plain(models, b, "MoD") if condition(model, dense)]
-        if not fit:
+        best = choose(models, dense)
+        if not best:
             here.append(f"{short(b)}: none in the grid")
             continue
-        best = best_of(fit)
         percent, half = difference(best, dense)
         size, cost = (best[x] / dense[x] for x in ("parameters", "forward_flops_per_token"))
         good, bad = percent + half < MARGIN and cost <= SAVING, percent - half > MARGIN or cost > SAVING
         verdict = f"{'reproduced' if good else 'not' if bad else 'undecided'}, at {short(b)}"
         here.append(f"{short(b)}: {best.name} against {dense.name} {signed((percent, half))}")
-    if fit:  # of the largest budget
+    if best:  # of the largest budget
         shapes = best.run.n_layer, best.run.n_embd, dense.name.replace(" ", "")
         times = [t for t in timed if (t["n_layer"], t["n_embd"], t.get("against")) == shapes]
         time = f"{times[0]['train_time_ratio']:.2f} of the time of a training step" if times else "time not measured"

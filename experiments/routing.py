@@ -176,7 +176,7 @@ def table(rows):
     for T in LENGTHS if rows else ():
         topk, causal = ([row["lengths"][str(T)][routing] for row in rows] for routing in ("topk", "causal"))
         costs = [100 * (c / t - 1) for c, t in zip(causal, topk)]
-        half = report.T_95 * statistics.stdev(costs) / math.sqrt(len(costs)) if len(costs) > 2 else math.inf
+        half = report.T_95[len(costs)] * statistics.stdev(costs) / math.sqrt(len(costs)) if len(costs) > 2 else math.inf
         cost = report.signed((statistics.mean(costs), half))
         lines.append(f"| {T} | {report.spread(topk)} | {report.spread(causal)} | {cost} |")
     return "\n".join(lines)
