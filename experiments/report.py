@@ -377,20 +377,42 @@ def crossover(models):
     return "\n".join(lines)
 
 
+def against_rivals(models, budget):
+    """(training tokens for each parameter of the rival, distance from it) for each MoD size of a budget."""
+    pairs = [(mod, rival) for mod in plain(models, budget, "MoD") if (rival := rival_of(mod, models))]
+    return [(tokens(rival) / rival["parameters"], difference(mod, rival)) for mod, rival in pairs]
+
+
+def tokens(model):
+    """Of the training run."""
+    return model["flops"] / (3 * model["forward_flops_per_token"])
+
+
 def draw_crossover(models, path):
-    """The distance of the best MoD from the best dense GPT over the budget."""
+    """The distance of the best MoD from the best dense GPT over the budget; of each MoD size from its own rival."""
     found = distances(models)
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    best, each = figure.subplots(1, 2)
     mean, half = zip(*found.values())
-    axes.errorbar(list(found), mean, yerr=half, capsize=4, **LOOKS["MoD"])
-    axes.axhline(0, color=LOOKS["dense"]["color"], label="the best dense GPT")
-    axes.set_xscale("log")
-    axes.set_xlabel("training FLOPs")
-    axes.set_ylabel("held-out loss of the best MoD, percent above")
-    axes.set_title("How far the best MoD lies above the best dense GPT (95 % intervals)", loc="left", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    best.errorbar(list(found), mean, yerr=half, capsize=4, **LOOKS["MoD"])
+    best.set_xlabel("training FLOPs")
+    best.set_title("The best MoD against the best dense GPT (95 % intervals)", loc="left", fontsize=10)
+    for shade, b in zip(np.linspace(0.3, 1, len(found)), found):
+        for x, (percent, half) in against_rivals(models, b):
+            look = dict(color=LOOKS["MoD"]["color"], alpha=shade, marker="s", linestyle="", markersize=5)
+            if half == math.inf:
+                each.plot(x, percent, **look, markerfacecolor="none")
+            else:
+                each.errorbar(x, percent, yerr=half, **look, capsize=3)
+        each.plot([], [], **look, label=f"{short(b)} FLOPs")
+    each.set_xlabel("training tokens for each parameter of the rival")
+    each.set_title("Each MoD size against its own rival (hollow: too few seeds)", loc="left", fontsize=10)
+    each.legend()
+    for axes in (best, each):
+        axes.axhline(0, color=LOOKS["dense"]["color"])
+        axes.set_xscale("log")
+        axes.set_ylabel("held-out loss of MoD, percent above")
+        axes.grid(alpha=0.3)
     save(figure, path)
 
 
