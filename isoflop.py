@@ -1,7 +1,7 @@
 """
 The paper's comparison in miniature: dense GPTs and Mixture-of-Depths at equal training FLOPs.
 
-    python isoflop.py laptop                           # one budget, some two hours on 2 cores; into out-isoflop
+    python isoflop.py laptop                           # one budget, some three hours on 2 cores; into out-isoflop
     python isoflop.py draw --results=results/isoflop   # the tables and pictures of what was measured for this project
 
 Each finished run is a line of RESULTS/runs.jsonl. What stands there is not trained again; stopped (Ctrl-C) and started
@@ -121,6 +121,7 @@ def compared(budget, sizes, done):
     if todo:
         return todo
     runs = dict.fromkeys(model.run for model in report.judged(report.models_of(done), budget))  # one may be there twice
+    # All seeds: a model of the claims need not be among the three best.
     return [again for run in runs for again in seeds(run, done, SEEDS[1:] + FRESH)]
 
 

@@ -481,7 +481,6 @@ def row_of(run, loss, choice=None):
         "parameters": run.n_layer * run.n_embd**2,
         "forward_flops_per_token": run.n_embd**2 * (0.56 if run.route_every else 1) * run.n_layer,
         "steps": 100,
-        "flops": run.budget,
         "train_seconds": 10.0,
     }
 
