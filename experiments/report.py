@@ -394,7 +394,8 @@ def draw_crossover(models, path):
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     mean, half = zip(*found.values())
-    axes.errorbar(list(found), mean, yerr=half, capsize=4, **LOOKS["MoD"])
+    # no line between them: three budgets are no curve
+    axes.errorbar(list(found), mean, yerr=half, capsize=4, **{**LOOKS["MoD"], "linestyle": ""}, label="the best MoD")
     axes.axhline(0, color=LOOKS["dense"]["color"], label="the best dense GPT")
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=1)  # a seed that hardly learned must not flatten all others
