@@ -377,17 +377,6 @@ def crossover(models):
     return "\n".join(lines)
 
 
-def against_rivals(models, budget):
-    """(training tokens for each parameter of the rival, distance from it) for each MoD size of a budget."""
-    pairs = [(mod, rival) for mod in plain(models, budget, "MoD") if (rival := rival_of(mod, models))]
-    return [(tokens(rival) / rival["parameters"], difference(mod, rival)) for mod, rival in pairs]
-
-
-def tokens(model):
-    """Of the training run."""
-    return model["flops"] / (3 * model["forward_flops_per_token"])
-
-
 def draw_crossover(models, path):
     """The distance of the best MoD from the best dense GPT over the budget."""
     found = distances(models)
