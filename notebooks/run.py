@@ -4,7 +4,8 @@ Runs notebooks from top to bottom and stores what they print and draw:
     python notebooks/run.py                                   # all of them, some minutes
     python notebooks/run.py notebooks/03_sampling_without_the_future.ipynb
 
-With the outputs goes a hash of the code that made them: test_notebooks.py sees code that was changed and not run again.
+With the outputs goes a hash of the code that made them: tests/test_notebooks.py sees code that was changed and not run
+again.
 """
 
 import hashlib

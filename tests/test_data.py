@@ -20,7 +20,8 @@ import dataset
 import sample
 import train
 from configurator import UserError
-from test_train import ROOT, prepare, told
+from data.shakespeare_char import prepare
+from helpers import ROOT, told
 from train import TrainConfig
 
 openwebtext = importlib.import_module("data.openwebtext.prepare")

@@ -19,14 +19,12 @@ import parallel
 import resume
 import train
 from configurator import UserError
-from test_resume import same, state_of
-from test_train import ROOT, dataset, tiny, told  # noqa: F401 (dataset and tiny are fixtures)
+from helpers import ROOT, same, state_of, told
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun's rendezvous on Windows is a matter of luck")
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {root!r})
 import torch
 torch.set_default_dtype(torch.{dtype})
 torch.set_num_threads(1)
@@ -42,12 +40,12 @@ def start(tmp_path):
 
     def begin(config, ranks, dtype="float32"):
         script = tmp_path / f"{dtype}.py"
-        script.write_text(SCRIPT.format(root=str(ROOT), dtype=dtype))
+        script.write_text(SCRIPT.format(dtype=dtype))
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
         argv = [f"--{name}={value}" for name, value in dataclasses.asdict(config).items()]
         process = subprocess.Popen(
             [sys.executable, *torchrun, str(script), *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         processes.append(process)
         return process
@@ -69,7 +67,7 @@ def called(config, name, **options):
 
 
 @pytest.fixture
-def small(tiny):  # noqa: F811
+def small(tiny):
     return dataclasses.replace(
         tiny, dropout=0.0, batch_size=2, gradient_accumulation_steps=2, max_iters=20, eval_interval=5, warmup_iters=3
     )
@@ -214,7 +212,7 @@ def test_without_torchrun_there_is_one_rank():
 # float16, MFU, Weights & Biases
 
 
-def test_in_float16_an_update_that_overflows_is_left_out_and_the_scale_goes_down(tiny, monkeypatch):  # noqa: F811
+def test_in_float16_an_update_that_overflows_is_left_out_and_the_scale_goes_down(tiny, monkeypatch):
     config = dataclasses.replace(tiny, dtype="float16", max_iters=12, dropout=0.0, warmup_iters=0)
     scales, unscale = [], torch.amp.GradScaler.unscale_
 
@@ -233,7 +231,7 @@ def test_in_float16_an_update_that_overflows_is_left_out_and_the_scale_goes_down
     assert saved["scaler"]["scale"] == scales[0] / 4
 
 
-def test_float16_learns_what_float32_learns(tiny):  # noqa: F811
+def test_float16_learns_what_float32_learns(tiny):
     losses = []
     for dtype in ("float32", "float16"):
         config = called(tiny, dtype, dtype=dtype, max_iters=60, eval_interval=60, dropout=0.0, learning_rate=1e-2)
@@ -241,7 +239,7 @@ def test_float16_learns_what_float32_learns(tiny):  # noqa: F811
     assert math.isclose(*losses, abs_tol=0.02) and losses[0] < 3.0
 
 
-def test_a_run_in_float16_resumes_with_its_scale(tiny, monkeypatch):  # noqa: F811
+def test_a_run_in_float16_resumes_with_its_scale(tiny, monkeypatch):
     config = dataclasses.replace(tiny, dtype="float16")
     whole = called(config, "whole", max_iters=12)
     monkeypatch.setattr(
@@ -273,7 +271,7 @@ def test_a_run_in_float16_resumes_with_its_scale(tiny, monkeypatch):  # noqa: F8
 SCALER = torch.amp.GradScaler
 
 
-def test_mfu_is_shown_where_the_peak_is_known_and_nowhere_else(tiny, monkeypatch):  # noqa: F811
+def test_mfu_is_shown_where_the_peak_is_known_and_nowhere_else(tiny, monkeypatch):
     config = dataclasses.replace(tiny, device="cuda:0", dtype="bfloat16")
     for name, peak in (
         ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
@@ -297,7 +295,7 @@ def test_mfu_is_shown_where_the_peak_is_known_and_nowhere_else(tiny, monkeypatch
     assert lines[-1].endswith(f", MFU {facts['flops_per_step'] / 0.5 / 1e6:.0%}")
 
 
-def test_weights_and_biases_gets_every_evaluation_and_is_imported_only_when_asked(tiny, monkeypatch):  # noqa: F811
+def test_weights_and_biases_gets_every_evaluation_and_is_imported_only_when_asked(tiny, monkeypatch):
     logged, begun = [], []
     run = SimpleNamespace(
         log=lambda row, step: logged.append((step, row["val_loss_causal"])), finish=lambda: logged.append("finished")

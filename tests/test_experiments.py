@@ -19,10 +19,8 @@ import isoflop
 import mod
 from experiments import known_depth, readme, report, routing, runner
 from experiments.variants import VARIANTS
+from helpers import ROOT
 from mod import GPT, GPTConfig
-
-ROOT = Path(__file__).resolve().parent
-
 
 # The runner
 

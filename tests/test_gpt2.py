@@ -11,8 +11,8 @@ import torch
 import checkpoint
 import gpt2
 import train
+from helpers import ROOT, told
 from mod import forward_flops
-from test_train import ROOT, dataset, tiny, told  # noqa: F401 (dataset and tiny are fixtures)
 from train import TrainConfig
 
 
@@ -42,7 +42,7 @@ def test_our_logits_are_theirs(shape):
     assert model.num_parameters() == sum(p.numel() for p in their_model.parameters())
 
 
-def test_a_saved_model_becomes_a_checkpoint_that_starts_a_run(tmp_path, tiny):  # noqa: F811
+def test_a_saved_model_becomes_a_checkpoint_that_starts_a_run(tmp_path, tiny):
     their_model = theirs()
     their_model.save_pretrained(tmp_path / "theirs")
     argv = [f"--model={tmp_path / 'theirs'}", f"--out_dir={tmp_path / 'ours'}"]
@@ -78,7 +78,7 @@ def test_without_transformers_it_says_what_to_install(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def dense(tiny):  # noqa: F811
+def dense(tiny):
     """A dense run whose weights others start from."""
     config = dataclasses.replace(tiny, route_every=0, out_dir=tiny.out_dir + "-dense", dropout=0.0)
     train.train(config)
@@ -92,14 +92,14 @@ def started(config, **options):
     return checkpoint.load(Path(config.out_dir), "last", "cpu")[0].state_dict(), rows[0]["val_loss_topk"]
 
 
-def test_a_dense_run_starts_where_the_other_ended(dense, tiny):  # noqa: F811
+def test_a_dense_run_starts_where_the_other_ended(dense, tiny):
     before, info = checkpoint.load(Path(dense.out_dir), "best", "cpu")
     weights, loss = started(dense, init_from=dense.out_dir, out_dir=tiny.out_dir)
     assert all(torch.equal(weights[name], w) for name, w in before.state_dict().items())
     assert math.isclose(loss, info["rows"][-1]["val_loss_topk"], abs_tol=1e-6)
 
 
-def test_a_routed_model_with_a_padded_vocabulary_takes_what_there_is(dense, tiny):  # noqa: F811
+def test_a_routed_model_with_a_padded_vocabulary_takes_what_there_is(dense, tiny):
     before = checkpoint.load(Path(dense.out_dir), "best", "cpu")[0].state_dict()
     options = dict(route_every=2, vocab_size=40, block_size=8)  # and, below, a predictor of another size
     random, _ = started(dense, **options, out_dir=tiny.out_dir + "-random")
@@ -113,7 +113,7 @@ def test_a_routed_model_with_a_padded_vocabulary_takes_what_there_is(dense, tiny
     assert weights["transformer.wte.weight"].shape[0] == 40 and weights["transformer.wpe.weight"].shape[0] == 8
 
 
-def test_a_predictor_of_another_size_begins_at_random(tiny):  # noqa: F811
+def test_a_predictor_of_another_size_begins_at_random(tiny):
     train.train(tiny)
     config = dataclasses.replace(tiny, predictor_hidden=5, init_from=tiny.out_dir)
     before = checkpoint.load(Path(tiny.out_dir), "best", "cpu")[0].state_dict()
@@ -122,7 +122,7 @@ def test_a_predictor_of_another_size_begins_at_random(tiny):  # noqa: F811
     assert weights["transformer.h.1.predictor.0.weight"].shape[0] == 5
 
 
-def test_a_resumed_run_does_not_start_again(dense, tiny):  # noqa: F811
+def test_a_resumed_run_does_not_start_again(dense, tiny):
     config = dataclasses.replace(dense, out_dir=tiny.out_dir, init_from=dense.out_dir, max_iters=3)
     train.train(config)
     last = checkpoint.read(Path(config.out_dir), "last")
@@ -130,7 +130,7 @@ def test_a_resumed_run_does_not_start_again(dense, tiny):  # noqa: F811
     assert rows == last["rows"]
 
 
-def test_mistakes_with_init_from(dense, tiny, tmp_path):  # noqa: F811
+def test_mistakes_with_init_from(dense, tiny, tmp_path):
     argv = [f"--{name}={value}" for name, value in dataclasses.asdict(tiny).items() if name != "init_from"]
 
     def line(*more):

@@ -19,7 +19,8 @@ import plot
 import sample
 import train
 from configurator import UserError
-from test_train import ROOT, dataset, prepare, tiny, told  # noqa: F401 (dataset and tiny are fixtures)
+from data.shakespeare_char import prepare
+from helpers import ROOT, told
 
 COMMANDS = {"train": train, "sample": sample, "bench": bench, "plot": plot, "prepare": prepare}
 RUN = (
@@ -49,7 +50,7 @@ class Code:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, dataset):  # noqa: F811
+def place(tmp_path_factory, dataset):
     """A folder with all that the mistakes below are about: runs, data sets, texts and presets, whole and damaged."""
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(dataset, place / "set")
@@ -308,7 +309,7 @@ def test_as_a_command_it_is_one_line_on_stderr_and_exit_code_1(place, row):
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{command}.py: ")
 
 
-def test_no_script_of_another_folder_is_run(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_no_script_of_another_folder_is_run(tiny, tmp_path, monkeypatch):
     """The data set's name may come from a stranger's checkpoint."""
     (tmp_path / "gift").mkdir()
     (tmp_path / "gift" / "prepare.py").write_text("raise SystemExit('the script ran')\n")
@@ -319,7 +320,7 @@ def test_no_script_of_another_folder_is_run(tiny, tmp_path, monkeypatch):  # noq
         assert "no data set" in told(train, [f"--{name}={value}" for name, value in options.items()])
 
 
-def test_a_data_set_whose_preparation_fails_is_told(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_a_data_set_whose_preparation_fails_is_told(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "DATA", tmp_path)
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "prepare.py").write_text("def main(argv):\n    raise SystemExit('no download worked')\n")
@@ -342,7 +343,7 @@ def test_without_any_download_prepare_says_what_to_do(tmp_path, monkeypatch):
     assert not (tmp_path / "set").exists()
 
 
-def test_a_mistake_in_a_notebook_is_an_exception_not_an_exit(tiny):  # noqa: F811
+def test_a_mistake_in_a_notebook_is_an_exception_not_an_exit(tiny):
     with pytest.raises(UserError, match="capacity is a fraction"):
         train.train(dataclasses.replace(tiny, capacity=2.0))
 
@@ -356,7 +357,7 @@ def test_a_reader_that_has_seen_enough_ends_sampling_without_a_word(place):
     assert process.stderr.read() == "" and process.wait() == 1
 
 
-def test_a_fault_of_ours_keeps_its_traceback(tiny, monkeypatch):  # noqa: F811
+def test_a_fault_of_ours_keeps_its_traceback(tiny, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main([f"--{name}={value}" for name, value in dataclasses.asdict(tiny).items()])

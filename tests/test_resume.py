@@ -15,7 +15,6 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
 from hypothesis import strategies as st
 
 import checkpoint
@@ -23,7 +22,8 @@ import configurator
 import resume
 import train
 from configurator import UserError
-from test_train import ROOT, dataset, prepare, run, tiny, told, weights_of  # noqa: F401 (dataset and tiny are fixtures)
+from data.shakespeare_char import prepare
+from helpers import ROOT, same, state_of, told
 from train import TrainConfig
 
 forks = pytest.mark.skipif(sys.platform != "linux", reason="kills processes, many and therefore forked ones")
@@ -35,7 +35,7 @@ def in_a_process(work, *args):
     # Forked from a server that has imported all this and does nothing else: in a fork of the test process itself a lock
     # that one of its other threads holds would never be released.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_resume"])
+    context.set_forkserver_preload(["train", "pytest", "hypothesis"])
     process = context.Process(target=work, args=args, daemon=True)
     process.start()
     return process
@@ -49,26 +49,6 @@ def go_on(config):
     """What a user does after a kill: resume, or begin where no checkpoint was saved yet."""
     saved = any((Path(config.out_dir) / f"{name}.json").exists() for name in ("last", "previous"))
     return dataclasses.replace(config, resume=saved)
-
-
-def state_of(config):
-    """All that a run leaves, without its clock: rows, weights, optimizer."""
-    out_dir = Path(config.out_dir)
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [{k: v for k, v in row.items() if k != "train_seconds"} for row in rows]
-    last = checkpoint.read(out_dir, "last")
-    optimizer = checkpoint.tensors(out_dir, last, "optimizer")["optimizer"]["state"]
-    best = checkpoint.read(out_dir, "best")["step"]
-    return rows, weights_of(out_dir), weights_of(out_dir, "best"), optimizer, best
-
-
-def same(a, b):
-    """Equal bit for bit, at any depth."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def elsewhere(config, name):
@@ -109,7 +89,7 @@ def kill_at(config, point, half):
 
 
 @forks
-def test_killed_at_any_point_of_a_save_a_run_goes_on_to_the_same_end(tiny):  # noqa: F811
+def test_killed_at_any_point_of_a_save_a_run_goes_on_to_the_same_end(tiny):
     whole = elsewhere(tiny, "whole")
     calls = points_of(whole)
     expected = state_of(whole)
@@ -126,7 +106,7 @@ def test_killed_at_any_point_of_a_save_a_run_goes_on_to_the_same_end(tiny):  # n
 
 
 @forks
-def test_killed_at_random_moments_a_run_goes_on_to_the_same_end(tiny):  # noqa: F811
+def test_killed_at_random_moments_a_run_goes_on_to_the_same_end(tiny):
     long = dataclasses.replace(tiny, max_iters=60, eval_interval=7, warmup_iters=5)
     whole, config, rng = elsewhere(long, "whole"), elsewhere(long, "killed"), random.Random(0)
     begun = time.perf_counter()
@@ -173,7 +153,7 @@ def stop_in(config, where, signals):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals to itself")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("where", [("windows", 30), ("windows", 9), ("evaluate", 1), ("learning_rate_at", 5)])
-def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_to_the_same_end(tiny, where, number, capsys):  # noqa: F811
+def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_to_the_same_end(tiny, where, number, capsys):
     config = dataclasses.replace(tiny, max_iters=12, eval_interval=5, gradient_accumulation_steps=2)
     whole = elsewhere(config, "whole")
     train.train(whole)
@@ -199,7 +179,7 @@ def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_to_the_same_end(tiny, where
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals to itself")
-def test_a_terminal_that_is_gone_stops_a_run_unless_it_was_told_to_go_on(tiny):  # noqa: F811
+def test_a_terminal_that_is_gone_stops_a_run_unless_it_was_told_to_go_on(tiny):
     config, handler = dataclasses.replace(tiny, max_iters=12), signal.getsignal(signal.SIGHUP)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
@@ -215,7 +195,7 @@ def test_a_terminal_that_is_gone_stops_a_run_unless_it_was_told_to_go_on(tiny): 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals to itself")
-def test_a_second_ctrl_c_stops_at_once_without_harm(tiny, capsys):  # noqa: F811
+def test_a_second_ctrl_c_stops_at_once_without_harm(tiny, capsys):
     config = dataclasses.replace(tiny, max_iters=12)
     with pytest.raises(SystemExit) as end:
         stop_in(config, ("learning_rate_at", 9), [signal.SIGINT, signal.SIGINT])  # twice per step: in step 4
@@ -230,7 +210,7 @@ def test_a_second_ctrl_c_stops_at_once_without_harm(tiny, capsys):  # noqa: F811
 # Resumed
 
 
-def test_resume_takes_the_runs_own_options_and_says_what_differs(tiny, capsys):  # noqa: F811
+def test_resume_takes_the_runs_own_options_and_says_what_differs(tiny, capsys):
     train.train(tiny)
     capsys.readouterr()
     argv = ["--resume", f"--out_dir={tiny.out_dir}"]
@@ -251,7 +231,7 @@ def test_resume_takes_the_runs_own_options_and_says_what_differs(tiny, capsys): 
     assert group["weight_decay"] == 0.25 and group["betas"][0] == 0.5
 
 
-def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(tiny, capsys):  # noqa: F811
+def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(tiny, capsys):
     config = dataclasses.replace(tiny, max_iters=12)
     whole = elsewhere(config, "whole")
     train.train(whole)
@@ -280,14 +260,14 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(tiny, 
         shutil.rmtree(out_dir)
 
 
-def test_only_the_tensors_that_a_checkpoint_names_are_kept(tiny):  # noqa: F811
+def test_only_the_tensors_that_a_checkpoint_names_are_kept(tiny):
     train.train(dataclasses.replace(tiny, max_iters=30))
     out_dir = Path(tiny.out_dir)
     named = {f["name"] for name in checkpoint.NAMES for f in checkpoint.read(out_dir, name)["files"].values()}
     assert {path.name for path in out_dir.glob("*.pt")} == named and 4 <= len(named) <= 5
 
 
-def test_a_run_that_moves_to_another_machine_finds_out_again_what_auto_means(tiny, monkeypatch, capsys):  # noqa: F811
+def test_a_run_that_moves_to_another_machine_finds_out_again_what_auto_means(tiny, monkeypatch, capsys):
     argv = [f"--{name}={value}" for name, value in dataclasses.asdict(tiny).items() if name != "compile"]
     train.main([*argv, "--compile=auto"])
     resolve, seen = train.resolve, []
@@ -299,7 +279,7 @@ def test_a_run_that_moves_to_another_machine_finds_out_again_what_auto_means(tin
     assert re.search("Not exactly the run that stopped: hardware was .*, now abacus\n", capsys.readouterr().out)
 
 
-def test_what_was_evaluated_is_saved_before_it_is_reported(tiny, monkeypatch):  # noqa: F811
+def test_what_was_evaluated_is_saved_before_it_is_reported(tiny, monkeypatch):
     def unwritable(line):
         raise OSError(28, "No space left on device")
 
@@ -309,7 +289,7 @@ def test_what_was_evaluated_is_saved_before_it_is_reported(tiny, monkeypatch):  
     assert [row["step"] for row in checkpoint.read(Path(tiny.out_dir), "last")["rows"]] == [0]
 
 
-def test_files_stay_where_it_cannot_be_told_what_a_damaged_checkpoint_names(tiny):  # noqa: F811
+def test_files_stay_where_it_cannot_be_told_what_a_damaged_checkpoint_names(tiny):
     train.train(tiny)
     out_dir = Path(tiny.out_dir)
     (out_dir / "previous.json").write_bytes(b"{")
@@ -318,7 +298,7 @@ def test_files_stay_where_it_cannot_be_told_what_a_damaged_checkpoint_names(tiny
     assert sorted(path.name for path in out_dir.iterdir()) == before
 
 
-def test_a_best_checkpoint_of_steps_that_are_made_again_does_not_count(tiny, monkeypatch):  # noqa: F811
+def test_a_best_checkpoint_of_steps_that_are_made_again_does_not_count(tiny, monkeypatch):
     """Killed between best.json and last.json, a run has a best checkpoint that is later than its last one."""
     train.train(tiny)
     out_dir = Path(tiny.out_dir)
@@ -329,7 +309,7 @@ def test_a_best_checkpoint_of_steps_that_are_made_again_does_not_count(tiny, mon
     assert best["step"] == 6 and best["files"]["model"] == checkpoint.read(out_dir, "last")["files"]["model"]
 
 
-def test_mistakes_with_resume(tiny, tmp_path):  # noqa: F811
+def test_mistakes_with_resume(tiny, tmp_path):
     argv = ["--resume", f"--out_dir={tiny.out_dir}"]
     assert "nothing to resume in" in told(train, argv)
     train.train(tiny)
@@ -350,7 +330,7 @@ def test_mistakes_with_resume(tiny, tmp_path):  # noqa: F811
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as only POSIX can")
 @pytest.mark.parametrize("full_at", [(2,), (3,), (2, 3)])
-def test_a_full_disk_is_reported_and_training_goes_on_when_there_is_space(tiny, full_at, monkeypatch, capsys):  # noqa: F811
+def test_a_full_disk_is_reported_and_training_goes_on_when_there_is_space(tiny, full_at, monkeypatch, capsys):
     import resource
 
     whole, out_dir = elsewhere(tiny, "whole"), Path(tiny.out_dir)
@@ -390,7 +370,7 @@ def test_a_full_disk_is_reported_and_training_goes_on_when_there_is_space(tiny, 
 
 
 @pytest.mark.parametrize("moment", ["load", "keep_earlier_run", "write_metrics"])
-def test_a_folder_is_locked_before_anything_in_it_is_read_or_changed(tiny, monkeypatch, moment):  # noqa: F811
+def test_a_folder_is_locked_before_anything_in_it_is_read_or_changed(tiny, monkeypatch, moment):
     train.train(tiny)
     original, met = getattr(resume, moment), []
 
@@ -406,7 +386,7 @@ def test_a_folder_is_locked_before_anything_in_it_is_read_or_changed(tiny, monke
     assert met
 
 
-def test_two_runs_in_one_folder_do_not_meet(tiny, monkeypatch):  # noqa: F811
+def test_two_runs_in_one_folder_do_not_meet(tiny, monkeypatch):
     evaluate = train.evaluate
     met = []
 
@@ -426,7 +406,7 @@ def test_two_runs_in_one_folder_do_not_meet(tiny, monkeypatch):  # noqa: F811
     assert len(met) == 6
 
 
-def test_files_of_the_users_are_not_removed(tiny):  # noqa: F811
+def test_files_of_the_users_are_not_removed(tiny):
     train.train(tiny)
     for name in ("model-3-backup.pt", "model-mine.pt", "notes.txt"):
         (Path(tiny.out_dir) / name).write_text("mine")
@@ -435,7 +415,7 @@ def test_files_of_the_users_are_not_removed(tiny):  # noqa: F811
         assert (Path(tiny.out_dir) / name).read_text() == "mine"
 
 
-def test_an_attempt_that_came_to_nothing_leaves_no_trace_in_the_next(tiny, capsys):  # noqa: F811
+def test_an_attempt_that_came_to_nothing_leaves_no_trace_in_the_next(tiny, capsys):
     train.train(tiny)
     argv = ["--resume", f"--out_dir={tiny.out_dir}"]
     with pytest.raises(SystemExit):
@@ -447,7 +427,7 @@ def test_an_attempt_that_came_to_nothing_leaves_no_trace_in_the_next(tiny, capsy
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links to folders need rights there")
-def test_of_a_linked_folder_the_run_moves_and_the_link_stays(tiny, tmp_path, capsys):  # noqa: F811
+def test_of_a_linked_folder_the_run_moves_and_the_link_stays(tiny, tmp_path, capsys):
     (tmp_path / "large_disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "large_disk" / "run")
     (tmp_path / "large_disk" / "run").mkdir()
@@ -460,7 +440,7 @@ def test_of_a_linked_folder_the_run_moves_and_the_link_stays(tiny, tmp_path, cap
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals to itself")
-def test_ctrl_c_saves_also_where_nobody_reads_any_more(tiny):  # noqa: F811
+def test_ctrl_c_saves_also_where_nobody_reads_any_more(tiny):
     """`train.py 2>&1 | tee log`: the same Ctrl-C ends tee."""
     script = (
         "import os, signal, sys\nimport train\n"
@@ -485,7 +465,7 @@ def test_ctrl_c_saves_also_where_nobody_reads_any_more(tiny):  # noqa: F811
 
 
 @pytest.mark.parametrize("at", ["all", "optimizer", "last"])
-def test_best_is_the_best_of_those_that_were_saved(tiny, at, monkeypatch):  # noqa: F811
+def test_best_is_the_best_of_those_that_were_saved(tiny, at, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5])  # at steps 0, 3, 6 and 9
     save, calls = checkpoint.save, []
 
@@ -526,11 +506,29 @@ def test_best_is_the_best_of_those_that_were_saved(tiny, at, monkeypatch):  # no
     assert checkpoint.read(Path(tiny.out_dir), "best")["step"] == best  # the resumed run knows it
 
 
-def test_a_worse_loss_does_not_make_a_middling_one_the_best(tiny, monkeypatch):  # noqa: F811
+def test_a_worse_loss_does_not_make_a_middling_one_the_best(tiny, monkeypatch):
     losses = iter([1.0, 3.0, 2.0])
     monkeypatch.setattr(train, "evaluate", lambda *a: dict.fromkeys(("val_loss_causal", "val_loss_topk"), next(losses)))
     train.train(tiny)
     assert checkpoint.read(Path(tiny.out_dir), "best")["step"] == 0
+
+
+@pytest.mark.parametrize("call", ["save", "fsync", "replace"])
+def test_a_save_that_breaks_off_leaves_the_last_checkpoint_whole(tiny, monkeypatch, call):
+    train.train(tiny)
+    out_dir = Path(tiny.out_dir)
+    model, _ = checkpoint.load(out_dir, "best", "cpu")
+    before = {path.name: path.read_bytes() for path in out_dir.iterdir()}
+
+    def full(*args):
+        if call == "save":
+            args[1].write(b"the first bytes of a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch if call == "save" else checkpoint.os, call, full)
+    with pytest.raises(OSError):
+        checkpoint.save(out_dir, 7, model, {}, True, {})
+    assert {path.name: path.read_bytes() for path in out_dir.iterdir()} == before
 
 
 # Properties
@@ -566,7 +564,7 @@ def test_any_text_comes_back_from_prepare(text, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, dataset):  # noqa: F811
+def finished(tmp_path_factory, dataset):
     """A small run, and what a user gets from it."""
     out_dir = tmp_path_factory.mktemp("finished")
     train.train(TrainConfig(
@@ -611,7 +609,7 @@ def test_any_damage_to_a_checkpoint_is_detected_or_harmless(finished, data):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals to itself")
-def test_a_step_that_is_saved_twice_leaves_both_checkpoints_whole(tiny):  # noqa: F811
+def test_a_step_that_is_saved_twice_leaves_both_checkpoints_whole(tiny):
     config = dataclasses.replace(tiny, max_iters=12)
     with pytest.raises(SystemExit):
         stop_in(config, ("evaluate", 3), [signal.SIGINT])  # the evaluation at step 6: it is saved without a row

@@ -13,9 +13,9 @@ import mode
 import sample
 import train
 from configurator import UserError
+from helpers import equal, weights_of
 from mod import MLP, Block, GPTConfig
 from test_mod import EXPERTS, close, inputs, make, tokens
-from test_train import dataset, equal, tiny, weights_of  # noqa: F401
 
 experts = pytest.mark.parametrize("kind", EXPERTS, ids=["moe", "staged", "integrated"])
 biased = pytest.mark.parametrize("bias", [True, False])
@@ -178,7 +178,7 @@ def test_a_staged_block_that_takes_no_token_leaves_no_old_decisions():
         (dict(n_expert=2, n_layer=1), "no block has them"),
     ],
 )
-def test_options_that_would_be_ignored_are_refused(tiny, options, message):  # noqa: F811
+def test_options_that_would_be_ignored_are_refused(tiny, options, message):
     with pytest.raises(UserError, match=message):
         train.train(dataclasses.replace(tiny, **options))
 
@@ -186,13 +186,13 @@ def test_options_that_would_be_ignored_are_refused(tiny, options, message):  # n
 @pytest.mark.parametrize(
     "before, now", [(dict(), dict(n_expert=2)), (dict(n_expert=2), dict(n_expert=3)), (dict(n_expert=2), {})]
 )
-def test_a_run_goes_on_with_its_own_experts_only(tiny, before, now):  # noqa: F811
+def test_a_run_goes_on_with_its_own_experts_only(tiny, before, now):
     train.train(dataclasses.replace(tiny, **before))
     with pytest.raises(UserError, match="another model: n_expert was"):
         train.train(dataclasses.replace(tiny, **now, resume=True))
 
 
-def test_a_mixture_starts_from_a_dense_model_and_not_from_another_mixture(tiny, capsys):  # noqa: F811
+def test_a_mixture_starts_from_a_dense_model_and_not_from_another_mixture(tiny, capsys):
     start = dataclasses.replace(tiny, n_expert=2, out_dir=tiny.out_dir + "-start")
     train.train(start)
     after = dataclasses.replace(tiny, init_from=start.out_dir, n_expert=3)
@@ -246,7 +246,7 @@ def test_options_that_cannot_work_are_refused(options, message):
 
 
 @experts
-def test_a_run_with_experts_resumes_to_the_same_weights_samples_and_says_what_it_is(kind, tiny, capsys):  # noqa: F811
+def test_a_run_with_experts_resumes_to_the_same_weights_samples_and_says_what_it_is(kind, tiny, capsys):
     whole = dataclasses.replace(tiny, **kind)
     train.train(whole)
     said = capsys.readouterr().out

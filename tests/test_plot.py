@@ -1,0 +1,37 @@
+"""Comparing runs in one picture and one table."""
+
+import dataclasses
+
+import numpy as np
+
+import plot
+import train
+
+
+def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_path, capsys):
+    losses = []
+    for seed in (1, 2):
+        rows = train.train(dataclasses.replace(tiny, seed=seed, out_dir=str(tmp_path / f"mod-{seed}")))
+        losses.append(rows[-1]["val_loss_causal"])
+    train.train(dataclasses.replace(tiny, route_every=0, out_dir=str(tmp_path / "dense")))
+    train.train(dataclasses.replace(tiny, seed=1, out_dir=str(tmp_path / "mod-1-again")))
+    capsys.readouterr()
+    runs = [str(tmp_path / name) for name in ("mod-1", "mod-2", "dense", "mod-1-again")]
+    train.train(dataclasses.replace(tiny, seed=2, out_dir=str(tmp_path / "again" / "mod-2")))
+    train.train(dataclasses.replace(tiny, seed=3, route_every=0, aux_weight=1.0, out_dir=str(tmp_path / "dense-3")))
+    groups = plot.group_by_setting(
+        [plot.read_run(run) for run in [*runs, tmp_path / "again/mod-2", tmp_path / "dense-3"]]
+    )
+    assert [len(group) for _, group in groups] == [
+        2,
+        2,
+        2,
+    ]  # no group swallows another; a dense model has no aux_weight
+    capsys.readouterr()
+    for x in plot.AXES:
+        plot.main([*runs, "--x", x, "--out", str(tmp_path / "losses.png")])
+    out = capsys.readouterr().out
+    assert f"| {np.mean(losses):.3f} ± {np.std(losses, ddof=1):.3f} |" in out
+    assert "MoD 2 x 16, 2 seeds: mod-1, ..." in out and f"| {runs[2]} |" in out
+    assert f"| {runs[3]} |" in out  # the same seed again is no second measurement
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")

