@@ -20,10 +20,11 @@ from dataclasses import asdict, dataclass
 import torch
 from tqdm import tqdm
 
-from configurator import UserError, errors_in_one_line, load, option, pick_device
 from mod import GPT, GPTConfig, KVCache, forward_flops, pick_token
 from mode import MoDEConfig, kind_of
-from train import TrainConfig, autocast, configure_optimizer, resolve
+from support.evaluation import autocast
+from support.options import UserError, errors_in_one_line, load, option, pick_device
+from train import TrainConfig, configure_optimizer, resolve
 
 
 @dataclass
@@ -170,7 +171,7 @@ def training_step(config, batch_size, machine):
         model.compile()
 
     def step():
-        with autocast(machine):
+        with autocast(machine.device, machine.dtype):
             _, loss = model(idx, idx)
         (loss + model.aux_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -21,13 +21,16 @@ from unittest import mock
 
 import torch
 
-import checkpoint
 import mod
-from configurator import UserError, errors_in_one_line, pick_device
 from experiments import report, runner
 from experiments.runner import FRESH, SEEDS, loss_for_choice, search, seeds
 from experiments.variants import VARIANTS
-from train import Diverged, TrainConfig, evaluate, forward_flops, load_dataset, model_config, number_of_steps, train
+from mod import forward_flops
+from support import checkpoint
+from support.data import load_dataset
+from support.evaluation import evaluate
+from support.options import UserError, errors_in_one_line, pick_device
+from train import Diverged, TrainConfig, model_config, number_of_steps, train
 
 TOKENS_PER_STEP = 1024
 HEAD_SIZE = 32
@@ -238,7 +241,7 @@ def train_one(run, out_dir, dataset, device, **more):
     torch.set_num_threads(1)
     log_file, out_dir = out_dir / "log.txt", out_dir / "run"
     out_dir.mkdir(parents=True, exist_ok=True)
-    meta, data = load_dataset(TrainConfig(dataset=dataset, block_size=run.block_size))
+    meta, data = load_dataset(dataset, run.block_size)
     config = replace(options(run, meta["vocab_size"], dataset, out_dir, device), **more)
     half = len(data["val"]) // 2
     row = {"run": asdict(run), "data": meta["text_sha256"][:16], "choose": None, "report": None}
@@ -252,9 +255,8 @@ def train_one(run, out_dir, dataset, device, **more):
                 return {"row": row}
             model, info = checkpoint.load(out_dir, "last", config.device)
     # Whole halves; a choice may be made on the first one only, and every figure is from the second.
-    whole = replace(config, eval_iters=len(data["val"]), batch_size=64)
-    row["choose"] = evaluate(model, data["val"][:half], whole)
-    row["report"] = evaluate(model, data["val"][half:], whole)
+    row["choose"] = evaluate(model, data["val"][:half], batch_size=64, eval_iters=len(data["val"]))
+    row["report"] = evaluate(model, data["val"][half:], batch_size=64, eval_iters=len(data["val"]))
     row |= {
         "parameters": model.num_parameters(),
         "forward_flops_per_token": forward_flops(model.config, run.block_size) / run.block_size,
@@ -285,7 +287,7 @@ def main(argv=None):
 
 def prepared(execute, results, dataset, device):
     """execute(run, folder) with the rest given; the data is there, and the lines in `results` are of the same text."""
-    meta, _ = load_dataset(TrainConfig(dataset=dataset))
+    meta, _ = load_dataset(dataset, TrainConfig.block_size)
     if any(row["data"] != meta["text_sha256"][:16] for row in runner.read(results, Run).values()):
         raise UserError(f"{results} holds runs on another text; name another folder by --results")
     return functools.partial(execute, dataset=dataset, device=pick_device(device))

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import depth
-from configurator import UserError, errors_in_one_line, load, option, pick_device
-from dataset import tokenizer_of
 from mod import KVCache
+from support import checkpoint, depth
+from support.data import tokenizer_of
+from support.options import UserError, errors_in_one_line, load, option, pick_device
 
 
 @dataclass

@@ -5,36 +5,30 @@ Train a GPT, Mixture-of-Depths or dense:
     python train.py config/shakespeare_mod.py --capacity=0.25 --out_dir=out-quarter
     python train.py --resume --out_dir=out-quarter
 
-Read from top to bottom: the options, the recipe (`train`), what it is made of (data, learning rate, optimizer,
-evaluation). What keeps a run from being lost is in resume.py and checkpoint.py. A notebook calls the same function:
-`train(TrainConfig(...))`.
+Read from top to bottom: the options, the recipe (`train`), what it is made of (learning rate, optimizer). Data,
+evaluation and reports are in support/; support/run.py and support/checkpoint.py keep a run from being lost. A notebook
+calls the same function: `train(TrainConfig(...))`.
 """
 
 import contextlib
 import dataclasses
 import math
-import platform
-import re
-import runpy
 import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import dataset
-import parallel
-import resume
-from configurator import UserError, errors_in_one_line, load, option, pick_device
 from mod import CAUSAL_METHODS, SELECTIONS, GPTConfig, forward_flops
-from mode import MoDE, MoDEConfig, kind_of
-
-DATA = Path(__file__).resolve().parent / "data"
+from mode import MoDEConfig, kind_of
+from support import checkpoint, ranks, run
+from support.data import load_dataset, seed_of, training_batch
+from support.evaluation import autocast, evaluate
+from support.options import UserError, errors_in_one_line, load, option, pick_device
+from support.report import describe, peak_flops, report, versions
 
 
 @dataclass
@@ -99,7 +93,7 @@ class TrainConfig:
 
 def main(argv=None):
     advice = "halve --batch_size, double --gradient_accumulation_steps: the same training"
-    with errors_in_one_line("train.py", advice), parallel.joined():
+    with errors_in_one_line("train.py", advice), ranks.joined():
         train(load(TrainConfig, argv, __doc__.split(":")[0], preset=True, base=options_of_the_run))
 
 
@@ -117,12 +111,12 @@ def train(config):
     config = resolve(config)
     if config.eval_only:
         return evaluate_checkpoint(config)
-    with parallel.main_first():
-        meta, data = load_dataset(config)
+    with ranks.main_first():
+        meta, data = load_dataset(config.dataset, config.block_size, config.vocab_size, check=ranks.is_main())
     torch.manual_seed(config.seed)
     model = kind_of(asdict(config))[1](model_config(config, meta))
     if config.init_from and not config.resume:
-        start_from(Path(config.init_from), model, meta)
+        checkpoint.start_from(Path(config.init_from), model, meta)
     model.to(config.device)
     sequences_per_step = config.gradient_accumulation_steps * config.batch_size
     tokens_per_step = sequences_per_step * config.block_size
@@ -136,7 +130,7 @@ def train(config):
     trunk = [p for name, p in model.named_parameters() if ".predictor." not in name]
     tokens = " and ".join(f"{len(split):,} {name}" for name, split in data.items())
     print(f"{meta['source']}: {tokens} tokens, a vocabulary of {meta['vocab_size']}")
-    print(describe(model, config))
+    print(describe(model, config.device, config.dtype, config.compile == "True"))
     print(
         f"{config.max_iters:,} steps of {tokens_per_step:,} tokens, {config.max_iters * step_flops:.3g} training FLOPs "
         "(3 x the top-k forward pass, evaluation not counted)"
@@ -145,33 +139,35 @@ def train(config):
     out_dir = Path(config.out_dir)
     if config.resume and not out_dir.is_dir():
         raise UserError(f"nothing to resume in {out_dir}: there is no such folder")
-    with contextlib.ExitStack() as held, resume.Stop() as stop:
+    with contextlib.ExitStack() as held, run.Stop() as stop:
         # Where it goes: on with the run that stands there, or that one is moved aside, never overwritten.
-        info = {"config": asdict(config), "asked": asked, "versions": versions(config), "data": meta}
-        progress = resume.Progress()
-        with parallel.main_first():
-            held.enter_context(resume.only_run_in(out_dir))
+        info = {"config": asdict(config), "asked": asked, "versions": versions(config.device), "data": meta}
+        progress = run.Progress()
+        with ranks.main_first():
+            held.enter_context(run.only_run_in(out_dir))
             if config.resume:
-                progress = resume.load(out_dir, model, state, config, info)
-            elif parallel.is_main():
-                resume.keep_earlier_run(out_dir)
-            if parallel.is_main():
+                progress = run.load(out_dir, model, state, config.max_iters, info)
+            elif ranks.is_main():
+                run.keep_earlier_run(out_dir)
+            if ranks.is_main():
                 # From here on the folder counts as a run, however early it ends.
                 size = {"parameters": model.num_parameters(), "flops_per_step": step_flops}
                 checkpoint.write_json(out_dir / "config.json", {**info, **size})
-                resume.write_metrics(out_dir, progress.rows)
+                run.write_metrics(out_dir, progress.rows)
         rows = progress.rows
         logger = None
-        if config.wandb and parallel.is_main():
+        if config.wandb and ranks.is_main():
             logger = import_wandb().init(project=config.wandb, name=out_dir.name, config=asdict(config))
 
         # The loop. Seeds come from the step, so evaluation and logging can never change the training, and the step is
         # all the random state that there is to save.
         if config.compile == "True":
             model.compile()
-        peak = peak_flops(config)
-        wrapped = parallel.wrap(model, config.device)
-        hidden = None if parallel.is_main() else True  # None: where there is no terminal
+        peak = peak_flops(config.device, config.dtype)
+        wrapped = ranks.wrap(model, config.device)
+        batch_options = ("batch_size", "block_size", "seed", "device", "gradient_accumulation_steps")
+        batch = {name: getattr(config, name) for name in batch_options}
+        hidden = None if ranks.is_main() else True  # None: where there is no terminal
         bar = tqdm(total=config.max_iters, initial=progress.step, disable=hidden, unit="step", dynamic_ncols=True)
         shown = progress.step, progress.train_seconds
         while True:
@@ -181,36 +177,36 @@ def train(config):
             if (step % config.eval_interval == 0 or step == config.max_iters) and not evaluated:
                 row = {"step": step, "tokens": step * tokens_per_step, "flops": step * step_flops}
                 row |= {"train_seconds": round(progress.train_seconds, 3), **mean_losses(progress)}
-                evaluation = evaluate(model, data["val"], config, stop)
+                evaluation = evaluate(model, data["val"], config.batch_size, config.eval_iters, config.dtype, stop)
                 if evaluation is not None:
                     row |= evaluation
                     stop_if_not_finite(row["val_loss_causal"], "validation loss", step)
                     rows.append(row)
                     progress.loss_sum = progress.aux_sum = 0.0
-                    resume.save(out_dir, model, state, progress, info, stop)
-                    if parallel.is_main():
+                    run.save(out_dir, model, state, progress, info, stop)
+                    if ranks.is_main():
                         tqdm.write(report(row, config.max_iters))
                     if logger:
                         logger.log(row, step=step)
-            if parallel.any_rank(stop.requested) or step == config.max_iters:
+            if ranks.any_rank(stop.requested) or step == config.max_iters:
                 break
 
             begun = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
             losses = torch.zeros(2, device=config.device, dtype=model.lm_head.weight.dtype)  # language model, auxiliary
-            micro_steps = parallel.share(config.gradient_accumulation_steps)
+            micro_steps = ranks.share(config.gradient_accumulation_steps)
             for micro_step in micro_steps:
-                x, y = training_batch(data["train"], step, micro_step, config)
+                x, y = training_batch(data["train"], step, micro_step=micro_step, **batch)
                 torch.manual_seed(seed_of(config.seed, step, micro_step))  # dropout, and the stochastic control's noise
-                with parallel.exchange_gradients(wrapped, micro_step == micro_steps[-1]):
-                    with autocast(config):
+                with ranks.exchange_gradients(wrapped, micro_step == micro_steps[-1]):
+                    with autocast(config.device, config.dtype):
                         _, loss = wrapped(x, y, routing="topk")
                     # Over this rank's micro-steps the mean; the exchange makes it the mean over all ranks'.
                     objective = (loss + config.aux_weight * model.aux_loss) / len(micro_steps)
                     scaler.scale(objective).backward()
                 losses += torch.stack([loss.detach(), model.aux_loss.detach()]) / config.gradient_accumulation_steps
-            parallel.sum_over_ranks(losses)
+            ranks.sum_over_ranks(losses)
             scaler.unscale_(optimizer)
             # Apart: under one common norm the predictor's gradient would scale the trunk's, stop-gradient or not.
             limit = config.grad_clip or math.inf
@@ -238,10 +234,10 @@ def train(config):
         bar.close()
         if logger:
             logger.finish()
-        if progress.saved != progress.step and not resume.save(out_dir, model, state, progress, info, stop):
+        if progress.saved != progress.step and not run.save(out_dir, model, state, progress, info, stop):
             raise UserError(f"the run ends at step {step:,} without a checkpoint of it; make space, then --resume")
         if not rows or rows[-1]["step"] < config.max_iters:
-            launcher = "torchrun (with the options it had)" if parallel.under_torchrun() else "python"
+            launcher = "torchrun (with the options it had)" if ranks.under_torchrun() else "python"
             go_on = f"{launcher} train.py --resume --out_dir={shlex.quote(config.out_dir)}"
             raise KeyboardInterrupt(f"Stopped and saved at step {step:,}. Go on with: {go_on}")
 
@@ -260,7 +256,7 @@ def options_of_the_run(given):
     if not given.get("resume"):
         return {}
     out_dir = given.get("out_dir", TrainConfig.out_dir)
-    saved = resume.saved_options(Path(out_dir))
+    saved = run.saved_options(Path(out_dir))
     if saved is None:
         raise UserError(
             f"nothing to resume in {out_dir}: no config.json of a run of train.py there; name its folder by --out_dir, "
@@ -286,11 +282,11 @@ def resolve(config):
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name} must be in [0, 1), got {getattr(config, name)}")
-    device = parallel.device(pick_device(config.device))
-    if config.gradient_accumulation_steps % parallel.ranks() and not config.eval_only:
+    device = ranks.device(pick_device(config.device))
+    if config.gradient_accumulation_steps % ranks.ranks() and not config.eval_only:
         raise UserError(
-            f"gradient_accumulation_steps {config.gradient_accumulation_steps} cannot be shared by {parallel.ranks()} "
-            f"ranks; take a multiple of {parallel.ranks()}"
+            f"gradient_accumulation_steps {config.gradient_accumulation_steps} cannot be shared by {ranks.ranks()} "
+            f"ranks; take a multiple of {ranks.ranks()}"
         )
     if config.wandb:
         import_wandb()  # what is missing shows before anything is done
@@ -323,38 +319,6 @@ def model_config(config, meta):
         raise UserError(str(error)) from None
 
 
-def start_from(folder, model, meta):
-    """
-    Give the model the weights of the best checkpoint in `folder`.
-
-    It may have fewer tokens (a vocabulary that is padded now) and a longer context, and need not have routed blocks:
-    the weights that it lacks stay random.
-    """
-    theirs, info = checkpoint.load(folder, "best", "cpu")
-    if any(info["data"].get(name) != meta.get(name) for name in ("tokenizer", "vocab")):
-        raise UserError(f"the model in {folder} has other tokens than the data set; they must be the same")
-    ours, before = asdict(model.config), asdict(theirs.config)
-    must_fit = ["n_layer", "n_head", "n_embd", "bias"]
-    if before["vocab_size"] > ours["vocab_size"]:
-        must_fit.append("vocab_size")
-    if before["block_size"] < ours["block_size"]:
-        must_fit.append("block_size")
-    if "n_expert" in before and "n_expert" in ours:  # a mixture cannot be taken over in part
-        must_fit += ["n_expert", "n_noop"]
-    shape = resume.differences({name: before[name] for name in must_fit}, ours)
-    if shape:
-        raise UserError(f"the model in {folder} does not fit: {shape}")
-    weights = theirs.state_dict()
-    with torch.no_grad():
-        for name, w in model.state_dict().items():
-            if name in ("transformer.wte.weight", "transformer.wpe.weight"):  # the head is wte
-                n = min(len(w), len(weights[name]))
-                w[:n] = weights[name][:n]
-            elif name in weights and w.shape == weights[name].shape:  # a predictor may have another size
-                w.copy_(weights[name])
-    print(f"Starting from {folder}: step {info['step']:,} of a run on {info['data']['source']}")
-
-
 def number_of_steps(config, step_flops):
     limits = [config.max_iters] if config.max_iters else []
     if config.flop_budget:
@@ -367,68 +331,6 @@ def number_of_steps(config, step_flops):
     if min(limits) < 1:
         raise UserError(f"flop_budget {config.flop_budget:g} is less than one step, which costs {step_flops:g} FLOPs")
     return min(limits)
-
-
-# Data
-
-
-def load_dataset(config):
-    """The data set's meta.json and its splits as arrays of token ids, prepared first where they are missing."""
-    folder = DATA / config.dataset  # an absolute path stays as it is
-    if not folder.is_dir() and Path(config.dataset).is_dir():
-        folder = Path(config.dataset)
-    if not (folder / "meta.json").is_file():
-        # No other folder's: with --resume its name comes from a checkpoint, which may be a stranger's.
-        if not (folder / "prepare.py").is_file() or folder.resolve().parent != DATA.resolve():
-            known = ", ".join(sorted(path.name for path in DATA.iterdir() if path.is_dir()))
-            raise UserError(
-                f"no data set {config.dataset!r}; there is {known}. For a text of your own: "
-                "python data/shakespeare_char/prepare.py --input FILE --out data/NAME"
-            )
-        if folder.name == "openwebtext":
-            raise UserError(f"{folder} is not prepared; that takes hours and a large disk: python {folder}/prepare.py")
-        print(f"Data set {config.dataset} is missing here: running {folder / 'prepare.py'}")
-        try:
-            runpy.run_path(str(folder / "prepare.py"))["main"]([])
-        except SystemExit as error:
-            raise UserError(str(error)) from None
-    meta, data = dataset.load(folder, check=parallel.is_main())
-    vocab_size = config.vocab_size or meta["vocab_size"]
-    if vocab_size < meta["vocab_size"]:
-        raise UserError(f"vocab_size {vocab_size} is smaller than the data set's vocabulary, {meta['vocab_size']}")
-    for split, tokens in data.items():
-        if len(tokens) <= config.block_size:
-            raise UserError(
-                f"the {split} split of {config.dataset} has {len(tokens)} tokens, block_size {config.block_size} needs "
-                f"at least {config.block_size + 1}; use a longer text or a smaller --block_size"
-            )
-        if parallel.is_main() and tokens.max() >= vocab_size:
-            raise UserError(f"{folder / split}.bin holds the token {tokens.max()}, beyond vocab_size {vocab_size}")
-    return meta, data
-
-
-def training_batch(tokens, step, micro_step, config):
-    """A micro-step's inputs and targets (x, y), each (batch_size, block_size); y is x one token later."""
-    # Drawn for the whole step at once: it sees the same sequences, whoever computes which of its micro-steps.
-    rng = np.random.default_rng([config.seed, step])
-    starts = rng.integers(len(tokens) - config.block_size, size=config.gradient_accumulation_steps * config.batch_size)
-    first = micro_step * config.batch_size
-    return windows(tokens, starts[first : first + config.batch_size], config.block_size, config.device)
-
-
-def windows(tokens, starts, T, device):
-    """Inputs and targets (len(starts), T) cut from `tokens` at `starts`."""
-    both = torch.from_numpy(np.stack([tokens[start : start + T + 1] for start in starts]).astype(np.int64))
-    if device.startswith("cuda"):
-        both = both.pin_memory().to(device, non_blocking=True)  # on MPS a copy that does not wait reads freed memory
-    else:
-        both = both.to(device)
-    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
-
-
-def seed_of(*numbers):
-    """One well-mixed seed from several small numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 # Optimization
@@ -454,70 +356,7 @@ def learning_rate_at(step, config):
     return config.min_lr + (config.learning_rate - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def autocast(config):
-    if config.dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(config.device).type, dtype=getattr(torch, config.dtype))
-
-
 # Evaluation
-
-
-@torch.no_grad()
-def evaluate(model, tokens, config, stop=None):
-    """
-    Losses in nats per token over fixed windows of `tokens`, evenly spaced and never overlapping.
-
-    val_loss_causal is that of a model that can be sampled from: the one to compare with a dense model's.
-    val_loss_topk lets the routed blocks look at the whole window. taken: the share of tokens that each routed block
-    processed in the causal pass. The predictor (with causal_method "router" the router; the controls have none) is
-    judged within the top-k pass: how often it agrees with top-k, beside the accuracy of the better constant guess
-    (base rate), and its recall. None if `stop` is requested on the way, by any rank.
-    """
-    config = resolve(config)
-    T = model.config.block_size
-    training = model.training
-    model.eval()
-    n_windows = min(config.eval_iters * config.batch_size, (len(tokens) - 1) // T)
-    starts = np.linspace(0, len(tokens) - 1 - T, n_windows).astype(int)
-    starts = [starts[i : i + config.batch_size] for i in range(0, n_windows, config.batch_size)]
-    routed = model.routed_blocks
-    # A row for each batch, filled in by the rank that has it, then summed over the ranks: the sum of the rows is the
-    # same to the last bit, however many there are.
-    table = torch.zeros(len(starts), 6 + len(routed), dtype=torch.float64)
-    for i in parallel.share(len(starts)):
-        if stop is not None and stop.requested:
-            break
-        x, y = windows(tokens, starts[i], T, config.device)
-        torch.manual_seed(seed_of(0, i))  # the stochastic control draws its noise from here
-        with autocast(config):
-            # .forward runs eagerly, also where the model is compiled: the size of a causal batch depends on the data.
-            _, topk_loss = model.forward(x, y, routing="topk")
-            decisions = [(one.taken, one.logits > 0) for one in model.deciders]
-            _, causal_loss = model.forward(x, y, routing="causal") if routed else (None, topk_loss)
-        agree = sum((taken == foretold).sum().item() for taken, foretold in decisions)
-        hit = sum((taken & foretold).sum().item() for taken, foretold in decisions)
-        member = sum(taken.sum().item() for taken, _ in decisions)
-        made = sum(taken.numel() for taken, _ in decisions)
-        taken = [(block.taken.sum() / T).item() for block in routed]
-        losses = [causal_loss.item() * len(x), topk_loss.item() * len(x)]
-        table[i] = torch.tensor([*losses, agree, hit, member, made, *taken], dtype=torch.float64)
-    model.train(training)
-    if parallel.any_rank(stop is not None and stop.requested):
-        return None
-    columns = zip(*parallel.sum_over_ranks(table).tolist())
-    causal, topk, agree, hit, member, made, *taken = (sum(column) for column in columns)
-    result = {"val_loss_causal": causal / n_windows, "val_loss_topk": topk / n_windows}
-    if routed:
-        result["taken"] = [round(tokens_taken / n_windows, 5) for tokens_taken in taken]
-    if model.deciders and model.config.selection == "learned":
-        capacity = member / made
-        result |= {
-            "predictor_accuracy": agree / made,
-            "predictor_base_rate": max(capacity, 1 - capacity),
-            "predictor_recall": hit / member,
-        }
-    return result
 
 
 def evaluate_checkpoint(config):
@@ -527,43 +366,19 @@ def evaluate_checkpoint(config):
         raise UserError(f"{config.out_dir} is not of a run of train.py, which says over what to evaluate it")
     of_the_run = {name: info["config"][name] for name in ("block_size", "vocab_size", "batch_size", "eval_iters")}
     config = dataclasses.replace(config, **of_the_run)
-    with parallel.main_first():
-        meta, data = load_dataset(config)
+    with ranks.main_first():
+        meta, data = load_dataset(config.dataset, config.block_size, config.vocab_size, check=ranks.is_main())
     if info["data"]["sha256"] != meta["sha256"]:
         raise UserError(
             f"{config.out_dir} was trained on {info['data']['source']!r}, {config.dataset} holds {meta['source']!r}; "
             "name the run's data set by --dataset"
         )
-    row = {"step": info["step"], **evaluate(model, data["val"], config)}
+    row = {"step": info["step"], **evaluate(model, data["val"], config.batch_size, config.eval_iters, config.dtype)}
     print(report(row, info["config"]["max_iters"]))
     return [row]
 
 
-# Reports
-
-# FLOPs per second at most, in matrix products of 16-bit numbers: the makers' figures, without sparsity.
-PEAK_FLOPS = {
-    "V100": 125e12,
-    "T4": 65e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-}
-
-
-def peak_flops(config):
-    """What this run's devices can do at most; None where it is not known, as for float32."""
-    if not config.device.startswith("cuda") or config.dtype == "float32":
-        return None
-    name = torch.cuda.get_device_name(config.device)
-    known = [key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name)]  # an L40 is no L4
-    return PEAK_FLOPS[max(known, key=len)] * parallel.ranks() if known else None
+# Logging and divergence
 
 
 def import_wandb():
@@ -591,49 +406,6 @@ def mean_losses(progress):
     steps = progress.step - progress.rows[-1]["step"] if progress.rows else 0
     sums = {"train_loss": progress.loss_sum, "aux_loss": progress.aux_sum} if steps else {}
     return {name: float(total) / steps for name, total in sums.items()}
-
-
-def report(row, max_iters):
-    line = f"step {row['step']:>{len(f'{max_iters:,}')},}/{max_iters:,}  val loss {row['val_loss_causal']:.4f}"
-    if "taken" not in row:
-        return line
-    line += f" causal, {row['val_loss_topk']:.4f} top-k  taken {' '.join(f'{share:.1%}' for share in row['taken'])}"
-    if "predictor_accuracy" not in row:
-        return line
-    return (
-        f"{line}  predictor {row['predictor_accuracy']:.1%} right "
-        f"(base rate {row['predictor_base_rate']:.1%}, recall {row['predictor_recall']:.1%})"
-    )
-
-
-def describe(model, config):
-    c, routed = model.config, len(model.routed_blocks)
-    kind = f"MoD ({routed} of {c.n_layer} blocks routed at {c.capacity:.1%} capacity)" if routed else "Dense"
-    if routed and isinstance(model, MoDE):
-        noops = f" and {c.n_noop} no-ops" if c.n_noop else ""
-        what = f"{c.n_expert} experts at {c.expert_capacity:.1%} capacity{noops}"
-        around = f", routed at {c.capacity:.1%}" if c.staged else ""
-        kind = f"{'MoDE' if c.staged or c.n_noop else 'MoE'} ({routed} of {c.n_layer} blocks with {what}{around})"
-    dense_flops = forward_flops(dataclasses.replace(c, route_every=0), c.block_size)
-    saving = f", {forward_flops(c, c.block_size) / dense_flops:.2f} of the dense FLOPs" if routed else ""
-    where = config.device if parallel.ranks() == 1 else f"{parallel.ranks()} ranks, the first on {config.device}"
-    return (
-        f"{kind}: {c.n_layer} layers x {c.n_embd} wide, context {c.block_size}, {model.num_parameters():,} parameters"
-        f"{saving}; on {where}, {config.dtype}{', compiled' if config.compile == 'True' else ''}"
-    )
-
-
-def versions(config):
-    name = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else platform.machine()
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "hardware": name,
-        "threads": torch.get_num_threads(),
-        "ranks": parallel.ranks(),
-    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # GPT-2 124M, fine-tuned on Shakespeare:  python train.py config/shakespeare_finetune.py
 #
-# First:  python gpt2.py --model=gpt2 --out_dir=out-gpt2
+# First:  python -m support.gpt2 --model=gpt2 --out_dir=out-gpt2
 #
 # As it stands it fine-tunes the dense model. With --route_every=2 every other block becomes a routed one with a router
 # and a predictor that begin at random: a MoD model that begins with most of what GPT-2 knows disturbed, and has to mend

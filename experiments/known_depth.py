@@ -33,10 +33,11 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # run as a script, this file's own folder stands there alone
-from configurator import errors_in_one_line  # noqa: E402
 from experiments import report, runner  # noqa: E402
 from mod import GPT, GPTConfig, evaluating, forward_flops  # noqa: E402
-from train import TrainConfig, configure_optimizer, learning_rate_at, seed_of  # noqa: E402
+from support.data import seed_of  # noqa: E402
+from support.options import errors_in_one_line  # noqa: E402
+from train import TrainConfig, configure_optimizer, learning_rate_at  # noqa: E402
 
 T, LENGTH, LETTERS, NUMBERS = 64, 8, 26, 5
 VOCABULARY = LETTERS + NUMBERS

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure  # no pyplot: it draws to files, and leaves a notebook's own drawing alone
 
-from checkpoint import write_whole
 from experiments.runner import FRESH, SEEDS, loss_for_choice
+from support.checkpoint import write_whole
 
 LOOKS = {
     "dense": dict(color="#1f4e79", marker="o", linestyle="-"),

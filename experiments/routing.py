@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # run as a script, this file's own folder stands there alone
 import isoflop  # noqa: E402
-from configurator import errors_in_one_line  # noqa: E402
 from experiments import report, runner  # noqa: E402
-from train import windows  # noqa: E402
+from support.data import windows  # noqa: E402
+from support.options import errors_in_one_line  # noqa: E402
 
 MODEL = isoflop.Run(1e13, 6, 96, route_every=2)
 LENGTHS = (16, 32, 64, 128)

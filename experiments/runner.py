@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from configurator import UserError
+from support.options import UserError
 
 SEEDS = (1, 2, 3, 4)  # the first chooses learning rates, and which models the others are worth
 FRESH = (5, 6, 7, 8, 9, 10)  # of the models that are compared in the end, when all choices are made

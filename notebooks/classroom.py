@@ -16,7 +16,7 @@ from cycler import cycler  # noqa: E402
 from IPython.display import display  # noqa: E402
 from matplotlib.colors import ListedColormap  # noqa: E402
 
-from depth import visible  # noqa: E402
+from support.depth import visible  # noqa: E402
 
 DARK, RED, GREY, GOLD, BLUE = "#1b1b1b", "#b5173b", "#8a8a8a", "#e3a008", "#5b8fd6"
 HATCHED = [dict(color=c, hatch=h, edgecolor="w") for c, h in ((RED, None), (GREY, "//"), (DARK, "xx"))]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import train
+from support import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,12 +16,12 @@ import pytest
 import tiktoken
 from hypothesis import strategies as st
 
-import dataset
 import sample
 import train
-from configurator import UserError
 from data.shakespeare_char import prepare
 from helpers import ROOT, told
+from support import data as data_module
+from support.options import UserError
 from train import TrainConfig
 
 openwebtext = importlib.import_module("data.openwebtext.prepare")
@@ -36,7 +36,7 @@ def tiny_encoding(monkeypatch):
     encoding = tiktoken.Encoding(
         "tiny", pat_str=r"\s?\w+|\s+|[^\s\w]+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
     )
-    monkeypatch.setattr(dataset, "gpt2_encoding", lambda: encoding)
+    monkeypatch.setattr(data_module, "gpt2_encoding", lambda: encoding)
     return encoding
 
 
@@ -53,7 +53,7 @@ def threads(monkeypatch):
 @pytest.fixture
 def real_encoding():
     try:
-        return dataset.gpt2_encoding()
+        return data_module.gpt2_encoding()
     except UserError as error:
         pytest.skip(str(error))
 
@@ -84,7 +84,7 @@ def words(n, seed=0):
 
 
 def prepared(folder):
-    meta, data = dataset.load(folder)
+    meta, data = data_module.load(folder)
     return {split: tokens.tolist() for split, tokens in data.items()}, meta
 
 
@@ -156,7 +156,7 @@ def test_other_options_begin_anew(tmp_path, tiny_encoding, threads, monkeypatch)
     write_documents(tmp_path / "in.jsonl", TEXTS * 5)
     argv = ["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out"), "--processes=1"]
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "commit", lambda *a: 1 / 0)
+        patch.setattr(data_module, "commit", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             openwebtext.main([*argv, "--val_every=4"])
     assert (tmp_path / "out" / "progress.json").exists()
@@ -272,7 +272,7 @@ def test_shakespeare_in_these_tokens_has_the_split_of_characters(tmp_path, tiny_
 )
 @hypothesis.given(st.text())
 def test_a_text_comes_back_token_by_token(tiny_encoding, text):
-    tokenizer = dataset.GPT2Tokenizer()
+    tokenizer = data_module.GPT2Tokenizer()
     decode = tokenizer.decoder()
     pieces = [decode(token) for token in tokenizer.encoding.encode_ordinary(text)]
     assert "".join(pieces) == text

@@ -8,7 +8,7 @@ import pytest
 import rich.style
 from matplotlib.figure import Figure
 
-import depth
+from support import depth
 
 
 def test_depth_in_colour_is_the_same_text_with_a_background_per_depth():

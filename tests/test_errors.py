@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import bench
-import checkpoint
 import plot
 import sample
 import train
-from configurator import UserError
 from data.shakespeare_char import prepare
 from helpers import ROOT, told
+from support import checkpoint
+from support import data as data_module
+from support.options import UserError
 
 COMMANDS = {"train": train, "sample": sample, "bench": bench, "plot": plot, "prepare": prepare}
 RUN = (
@@ -314,14 +315,14 @@ def test_no_script_of_another_folder_is_run(tiny, tmp_path, monkeypatch):
     (tmp_path / "gift").mkdir()
     (tmp_path / "gift" / "prepare.py").write_text("raise SystemExit('the script ran')\n")
     (tmp_path / "data").mkdir()
-    monkeypatch.setattr(train, "DATA", tmp_path / "data")
+    monkeypatch.setattr(data_module, "DATA", tmp_path / "data")
     for name in (str(tmp_path / "gift"), "../gift"):
         options = dataclasses.asdict(dataclasses.replace(tiny, dataset=name))
         assert "no data set" in told(train, [f"--{name}={value}" for name, value in options.items()])
 
 
 def test_a_data_set_whose_preparation_fails_is_told(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "DATA", tmp_path)
+    monkeypatch.setattr(data_module, "DATA", tmp_path)
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "prepare.py").write_text("def main(argv):\n    raise SystemExit('no download worked')\n")
     options = dataclasses.asdict(dataclasses.replace(tiny, dataset="here"))

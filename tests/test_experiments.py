@@ -248,7 +248,7 @@ def test_draw_needs_no_data(monkeypatch, tmp_path, capsys):
 @pytest.fixture
 def dataset(tmp_path):
     """The second half of the validation split is of another kind than all the rest, so that it can be told."""
-    import dataset
+    from support import data as data_module
 
     rng = np.random.default_rng(0)
     even, any_letter = rng.integers(4, size=9000) * 2, rng.integers(8, size=1000)
@@ -260,7 +260,7 @@ def dataset(tmp_path):
         "text_sha256": "0" * 64,
     }
     val = np.concatenate([even[8000:], any_letter])
-    dataset.write(tmp_path / "data", {"train": even[:8000], "val": val}, meta)
+    data_module.write(tmp_path / "data", {"train": even[:8000], "val": val}, meta)
     return str(tmp_path / "data")
 
 

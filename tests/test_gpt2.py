@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import gpt2
 import train
 from helpers import ROOT, told
 from mod import forward_flops
+from support import checkpoint, gpt2
+from support.options import load
 from train import TrainConfig
 
 
@@ -148,7 +148,7 @@ def test_mistakes_with_init_from(dense, tiny, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
 def test_a_preset_and_the_figures_in_its_notes(path):
-    config = train.load(TrainConfig, [str(path), "--device=cpu"], "", preset=True)
+    config = load(TrainConfig, [str(path), "--device=cpu"], "", preset=True)
     if not path.name.startswith("owt"):
         return
     model = train.model_config(config, {"vocab_size": 50257})

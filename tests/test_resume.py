@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import platform
 import random
 import re
 import shutil
@@ -17,13 +18,13 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-import checkpoint
-import configurator
-import resume
 import train
-from configurator import UserError
 from data.shakespeare_char import prepare
 from helpers import ROOT, same, state_of, told
+from support import checkpoint
+from support import data as data_module
+from support import run as run_module
+from support.options import UserError, load
 from train import TrainConfig
 
 forks = pytest.mark.skipif(sys.platform != "linux", reason="kills processes, many and therefore forked ones")
@@ -132,10 +133,11 @@ def test_killed_at_random_moments_a_run_goes_on_to_the_same_end(tiny):
 
 
 def stop_in(config, where, signals):
-    """Run train.py's main until the call `where` of the run, send `signals` there."""
+    """Run train.py's main until the call `where` of a function in train.py or support/data.py, send `signals` there."""
     calls = 0
     name, at = where
-    original = getattr(train, name)
+    module = train if hasattr(train, name) else data_module
+    original = getattr(module, name)
 
     def counted(*args, **kwargs):
         nonlocal calls
@@ -146,7 +148,7 @@ def stop_in(config, where, signals):
         return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, name, counted)
+        patch.setattr(module, name, counted)
         train.main([f"--{key}={value}" for key, value in dataclasses.asdict(config).items()])
 
 
@@ -272,7 +274,7 @@ def test_a_run_that_moves_to_another_machine_finds_out_again_what_auto_means(tin
     train.main([*argv, "--compile=auto"])
     resolve, seen = train.resolve, []
     monkeypatch.setattr(train, "resolve", lambda config: (seen.append(config), resolve(config))[1])
-    monkeypatch.setattr(train.platform, "machine", lambda: "abacus")
+    monkeypatch.setattr(platform, "machine", lambda: "abacus")
     capsys.readouterr()
     train.main(["--resume", f"--out_dir={tiny.out_dir}"])
     assert (seen[0].compile, seen[0].dtype, seen[0].device) == ("auto", "auto", "cpu")
@@ -372,7 +374,7 @@ def test_a_full_disk_is_reported_and_training_goes_on_when_there_is_space(tiny, 
 @pytest.mark.parametrize("moment", ["load", "keep_earlier_run", "write_metrics"])
 def test_a_folder_is_locked_before_anything_in_it_is_read_or_changed(tiny, monkeypatch, moment):
     train.train(tiny)
-    original, met = getattr(resume, moment), []
+    original, met = getattr(run_module, moment), []
 
     def meanwhile(*args):
         if not met:
@@ -381,7 +383,7 @@ def test_a_folder_is_locked_before_anything_in_it_is_read_or_changed(tiny, monke
                 train.train(dataclasses.replace(tiny, resume=True))
         return original(*args)
 
-    monkeypatch.setattr(resume, moment, meanwhile)
+    monkeypatch.setattr(run_module, moment, meanwhile)
     train.train(dataclasses.replace(tiny, resume=moment == "load"))
     assert met
 
@@ -545,11 +547,11 @@ def test_any_option_comes_back_from_the_command_line_and_from_the_saved_config(d
         str: st.sampled_from(field.metadata["choices"] or ["", "x"]) if field.metadata["choices"] else st.text(),
     }[field.type]
     value = data.draw(values)
-    config = configurator.load(TrainConfig, [f"--{field.name}={value}"], "")
+    config = load(TrainConfig, [f"--{field.name}={value}"], "")
     assert getattr(config, field.name) == value and type(getattr(config, field.name)) is field.type
     saved = json.loads(json.dumps(dataclasses.asdict(config)))
     assert TrainConfig(**saved) == config
-    preset = configurator.load(TrainConfig, [], "", base=lambda given: saved)
+    preset = load(TrainConfig, [], "", base=lambda given: saved)
     assert preset == config
 
 
@@ -559,7 +561,7 @@ def test_any_text_comes_back_from_prepare(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     (folder / "text").write_bytes(text.encode("utf-8"))
     prepare.main(["--input", str(folder / "text"), "--out", str(folder / "set")])
-    meta, data = train.load_dataset(TrainConfig(dataset=str(folder / "set"), block_size=0))
+    meta, data = data_module.load_dataset(str(folder / "set"), block_size=0)
     assert "".join(meta["vocab"][token] for split in ("train", "val") for token in data[split]) == text
 
 

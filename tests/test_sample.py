@@ -11,16 +11,16 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-import checkpoint
-import depth
 import sample
 import train
-from dataset import CharTokenizer
+from support import checkpoint, depth
+from support import data as data_module
+from support.data import CharTokenizer
 
 
 def test_sampling_needs_the_checkpoint_alone_and_repeats_by_its_seed(tiny, tmp_path, monkeypatch, capsys):
     train.train(tiny)
-    monkeypatch.setattr(train, "DATA", tmp_path / "nothing")
+    monkeypatch.setattr(data_module, "DATA", tmp_path / "nothing")
     (tmp_path / "prompt.txt").write_bytes(b"a\nb")
     capsys.readouterr()
     outputs = []

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import configurator
 import sample
 import train
-from configurator import UserError
 from data.shakespeare_char import prepare
 from helpers import ROOT, equal, run
 from mod import GPT, GPTConfig, forward_flops
+from support import checkpoint
+from support.data import load_dataset, training_batch
+from support.evaluation import evaluate
+from support.options import UserError, load
 from train import TrainConfig
 
 PRESETS = [ROOT / "config" / f"shakespeare_{name}.py" for name in ("mod", "dense", "shallow")]
@@ -36,7 +37,7 @@ def test_a_run_leaves_metrics_checkpoints_config_and_versions(tiny):
     for name, row in (("last", rows[-1]), ("best", min(rows, key=lambda row: row["val_loss_causal"]))):
         model, info = checkpoint.load(out_dir, name, "cpu")
         assert info["step"] == row["step"] and info["rows"][-1] == row
-        again = train.evaluate(model, train.load_dataset(tiny)[1]["val"], tiny)
+        again = evaluate(model, load_dataset(tiny.dataset, tiny.block_size)[1]["val"], tiny.batch_size, tiny.eval_iters)
         assert again["val_loss_causal"] == row["val_loss_causal"]
     assert not list(out_dir.glob("*.tmp"))
 
@@ -73,7 +74,9 @@ def test_the_predictors_loss_leaves_the_trunk_bit_equal_over_clipped_steps(tiny)
 
 
 def batches_of(tokens, step, config):
-    return [train.training_batch(tokens, step, i, config) for i in range(config.gradient_accumulation_steps)]
+    names = ("batch_size", "block_size", "seed", "device", "gradient_accumulation_steps")
+    options = {name: getattr(config, name) for name in names}
+    return [training_batch(tokens, step, micro_step=i, **options) for i in range(config.gradient_accumulation_steps)]
 
 
 def test_a_run_is_adamw_over_the_batches_of_its_steps(tiny):
@@ -81,7 +84,7 @@ def test_a_run_is_adamw_over_the_batches_of_its_steps(tiny):
     config = dataclasses.replace(tiny, dropout=0.0, gradient_accumulation_steps=2, grad_clip=0.5, decay_lr=False)
     config = dataclasses.replace(config, warmup_iters=0, aux_weight=0.3, eval_interval=6)
     rows, weights = run(config)
-    _, data = train.load_dataset(config)
+    _, data = load_dataset(config.dataset, config.block_size)
     torch.manual_seed(config.seed)
     model = GPT(train.model_config(config, {"vocab_size": 28}))
     named = dict(model.named_parameters())
@@ -284,10 +287,10 @@ def test_a_run_that_diverges_stops_and_says_what_to_try(tiny):
 
 def test_evaluation_is_over_fixed_windows_of_the_whole_split(tiny):
     config = dataclasses.replace(tiny, eval_iters=1000)
-    _, data = train.load_dataset(config)
+    _, data = load_dataset(config.dataset, config.block_size)
     torch.manual_seed(0)
     model = GPT(train.model_config(config, {"vocab_size": 28})).eval()
-    result = train.evaluate(model, data["val"], config)
+    result = evaluate(model, data["val"], config.batch_size, config.eval_iters)
     val = torch.from_numpy(data["val"].astype(np.int64))
     starts = np.linspace(0, len(val) - 17, (len(val) - 1) // 16).astype(int).tolist()
     assert all(16 <= b - a <= 17 for a, b in zip(starts, starts[1:]))  # no overlap, next to no gap
@@ -313,9 +316,10 @@ def test_evaluation_is_over_fixed_windows_of_the_whole_split(tiny):
 @pytest.mark.parametrize("selection", ["learned", "stochastic", "position"])
 def test_evaluating_twice_gives_the_same_and_leaves_the_training_mode(tiny, selection):
     config = dataclasses.replace(tiny, selection=selection, dropout=0.5)
-    _, data = train.load_dataset(config)
+    _, data = load_dataset(config.dataset, config.block_size)
     model = GPT(train.model_config(config, {"vocab_size": 28}))
-    assert train.evaluate(model, data["val"], config) == train.evaluate(model, data["val"], config)
+    first, second = (evaluate(model, data["val"], config.batch_size, config.eval_iters) for _ in range(2))
+    assert first == second
     assert model.training
 
 
@@ -338,7 +342,7 @@ def test_the_presets_train_with_equal_flops(device, monkeypatch):
     on(device, monkeypatch)
     budgets, differ = [], []
     for path in PRESETS:
-        config = configurator.load(TrainConfig, [str(path)], "", preset=True)
+        config = load(TrainConfig, [str(path)], "", preset=True)
         step = 3 * config.batch_size * forward_flops(train.model_config(config, {"vocab_size": 65}), config.block_size)
         steps = train.number_of_steps(config, step)
         budgets.append(steps * step / config.flop_budget)
@@ -354,12 +358,12 @@ def test_the_presets_train_with_equal_flops(device, monkeypatch):
 
 def test_without_a_gpu_a_preset_dials_itself_down_and_says_so(monkeypatch, capsys):
     on("cpu", monkeypatch)
-    config = configurator.load(TrainConfig, [str(PRESETS[0]), "--n_embd=64"], "", preset=True)
+    config = load(TrainConfig, [str(PRESETS[0]), "--n_embd=64"], "", preset=True)
     assert (config.n_layer, config.n_embd, config.block_size) == (4, 64, 128)  # preset, command line, cpu part
     out = capsys.readouterr().out
     assert out.startswith("On a CPU ") and "n_layer=4" in out and out.count("\n") == 1
     on("cuda", monkeypatch)
-    assert configurator.load(TrainConfig, [str(PRESETS[0])], "", preset=True).n_embd == 384
+    assert load(TrainConfig, [str(PRESETS[0])], "", preset=True).n_embd == 384
     assert capsys.readouterr().out == ""
 
 
@@ -367,7 +371,7 @@ def test_values_are_typed_and_later_ones_win(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("learning_rate = 1\ncompile = False\nbatch_size = 3\nseed = 4\n", encoding="utf-8")
     argv = [str(path), "--batch_size=5", "--bias=True", "--flop_budget=1e12", "--out_dir=a=b", "--device=cpu"]
-    config = configurator.load(TrainConfig, argv, "", preset=True)
+    config = load(TrainConfig, argv, "", preset=True)
     assert (config.learning_rate, config.compile, config.batch_size, config.seed) == (1.0, "False", 5, 4)
     assert (config.bias, config.flop_budget, config.out_dir) == (True, 1e12, "a=b")
     assert isinstance(config.learning_rate, float)

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, this file's own folder stands there alone
-import dataset  # noqa: E402
-from configurator import UserError, errors_in_one_line  # noqa: E402
+from support import data  # noqa: E402
+from support.options import UserError, errors_in_one_line  # noqa: E402
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_DOCUMENTS = 8_013_769  # fewer: a branch with a part of it, or a download that ended early
@@ -55,7 +55,7 @@ def main(argv=None):
         for name, least in (("val_every", 2), ("seed", 0), ("processes", 1)):
             if getattr(args, name) < least:
                 raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
-        dataset.gpt2_encoding()  # a tokenizer that cannot be had shows before anything is downloaded
+        data.gpt2_encoding()  # a tokenizer that cannot be had shows before anything is downloaded
         prepare(args, args.out or HERE)
 
 
@@ -76,9 +76,9 @@ def prepare(args, out):
                     f"{source} has {len(documents)} documents, too few for --val_every={args.val_every}: "
                     "no tokens for train or none for val; make it smaller"
                 )
-            meta = {"tokenizer": "gpt2", "vocab_size": dataset.gpt2_encoding().n_vocab, "text_sha256": done["digest"]}
+            meta = {"tokenizer": "gpt2", "vocab_size": data.gpt2_encoding().n_vocab, "text_sha256": done["digest"]}
             meta |= {"source": source, "job": job, "without_text": done["without_text"]}
-            meta = dataset.commit(out, parts, meta)
+            meta = data.commit(out, parts, meta)
             (out / "progress.json").unlink()
     except BrokenProcessPool:
         raise UserError(
@@ -138,7 +138,7 @@ def load_documents(path, column):
 
 def is_done(out, job):
     try:
-        meta, _ = dataset.load(out)
+        meta, _ = data.load(out)
     except UserError:
         return False
     return meta.get("job") == job
@@ -150,7 +150,7 @@ def tokenize(documents, job, args, out):
 
     This process only puts the chunks one after the other; `tokens_of_chunk`, in the others, does the work.
     """
-    parts = {split: out / f"{split}.part" for split in dataset.SPLITS}
+    parts = {split: out / f"{split}.part" for split in data.SPLITS}
     done = {"job": job, "chunks": 0, "train": 0, "val": 0, "without_text": 0, "digest": ""}
     progress = out / "progress.json"
     try:
@@ -209,7 +209,7 @@ def start(documents, args):
     global work
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
-    work = documents, args, dataset.gpt2_encoding()
+    work = documents, args, data.gpt2_encoding()
 
 
 def tokens_of_chunk(chunk):
@@ -217,7 +217,7 @@ def tokens_of_chunk(chunk):
     documents, args, encoding = work
     first = chunk * CHUNK
     texts = documents[first : first + CHUNK][args.column]
-    tokens = {split: [] for split in dataset.SPLITS}
+    tokens = {split: [] for split in data.SPLITS}
     digest = hashlib.sha256()
     for i, text in enumerate(texts, start=first):
         if not text:
@@ -225,7 +225,7 @@ def tokens_of_chunk(chunk):
         digest.update(hashlib.sha256(text.encode("utf-8")).digest())
         split = "val" if i % args.val_every == drawn(args.seed, i // args.val_every, args.val_every) else "train"
         tokens[split] += [*encoding.encode_ordinary(text), encoding.eot_token]
-    arrays = {split: np.array(ids, dtype=dataset.DTYPE) for split, ids in tokens.items()}
+    arrays = {split: np.array(ids, dtype=data.DTYPE) for split, ids in tokens.items()}
     return arrays, sum(not text for text in texts), digest.hexdigest()
 
 

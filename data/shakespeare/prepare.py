@@ -13,14 +13,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, this file's own folder stands there alone
-import dataset  # noqa: E402
-from configurator import UserError  # noqa: E402
 from data.shakespeare_char.prepare import decode, find_text, split_at, write  # noqa: E402
+from support import data  # noqa: E402
+from support.options import UserError  # noqa: E402
 
 
 def main(argv=None):
     try:
-        encoding = dataset.gpt2_encoding()
+        encoding = data.gpt2_encoding()
     except UserError as error:
         sys.exit(f"prepare.py: {error}")
     raw, source, out = find_text(argv, __doc__.split(":")[0])

@@ -23,7 +23,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, this file's own folder stands there alone
-import dataset  # noqa: E402
+from support import data  # noqa: E402
 
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -126,7 +126,7 @@ def split_at(text, source):
 def write(train, val, meta, text, source, out):
     meta |= {"source": source, "text_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}
     try:
-        dataset.write(out, {"train": train, "val": val}, meta)
+        data.write(out, {"train": train, "val": val}, meta)
     except OSError as error:
         sys.exit(f"prepare.py: cannot write to {out}: {error.strerror or error}")
     print(f"{out}: train.bin {len(train):,} tokens, val.bin {len(val):,} tokens, meta.json")

@@ -16,7 +16,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from configurator import UserError
+from support.options import UserError
 
 
 @contextlib.contextmanager

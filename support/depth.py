@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from checkpoint import write_whole
+from support.checkpoint import write_whole
 
 MARKS = ".123456789abcdefghijklmnopqrstuvwxyz"  # a sign for each depth, for where there is no colour
 END_OF_LINE = "\N{PILCROW SIGN}"

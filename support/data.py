@@ -10,14 +10,16 @@ This file does without PyTorch: the processes that tokenize a large corpus impor
 import codecs
 import hashlib
 import json
+import runpy
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from configurator import UserError
+from support.options import UserError
 
+DATA = Path(__file__).resolve().parents[1] / "data"
 SPLITS = ("train", "val")
 DTYPE = "<u2"
 GPT2_FILE = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
@@ -83,6 +85,77 @@ def sha256_of(path):
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+# For training and evaluation
+
+
+def load_dataset(dataset, block_size, vocab_size=0, check=True):
+    """
+    The data set's meta.json and its splits as arrays of token ids, prepared first where they are missing.
+
+    dataset: a folder below data/, or the path of any folder that prepare.py wrote. vocab_size: the model's; 0: that of
+    the data set. check=False as in `load`.
+    """
+    folder = DATA / dataset  # an absolute path stays as it is
+    if not folder.is_dir() and Path(dataset).is_dir():
+        folder = Path(dataset)
+    if not (folder / "meta.json").is_file():
+        # No other folder's: with --resume its name comes from a checkpoint, which may be a stranger's.
+        if not (folder / "prepare.py").is_file() or folder.resolve().parent != DATA.resolve():
+            known = ", ".join(sorted(path.name for path in DATA.iterdir() if path.is_dir()))
+            raise UserError(
+                f"no data set {dataset!r}; there is {known}. For a text of your own: "
+                "python data/shakespeare_char/prepare.py --input FILE --out data/NAME"
+            )
+        if folder.name == "openwebtext":
+            raise UserError(f"{folder} is not prepared; that takes hours and a large disk: python {folder}/prepare.py")
+        print(f"Data set {dataset} is missing here: running {folder / 'prepare.py'}")
+        try:
+            runpy.run_path(str(folder / "prepare.py"))["main"]([])
+        except SystemExit as error:
+            raise UserError(str(error)) from None
+    meta, data = load(folder, check)
+    vocab_size = vocab_size or meta["vocab_size"]
+    if vocab_size < meta["vocab_size"]:
+        raise UserError(f"vocab_size {vocab_size} is smaller than the data set's vocabulary, {meta['vocab_size']}")
+    for split, tokens in data.items():
+        if len(tokens) <= block_size:
+            raise UserError(
+                f"the {split} split of {dataset} has {len(tokens)} tokens, block_size {block_size} needs "
+                f"at least {block_size + 1}; use a longer text or a smaller --block_size"
+            )
+        if check and tokens.max() >= vocab_size:
+            raise UserError(f"{folder / split}.bin holds the token {tokens.max()}, beyond vocab_size {vocab_size}")
+    return meta, data
+
+
+def training_batch(
+    tokens, step, batch_size, block_size, seed, device="cpu", micro_step=0, gradient_accumulation_steps=1
+):
+    """A micro-step's inputs and targets (x, y), each (batch_size, block_size); y is x one token later."""
+    # Drawn for the whole step at once: it sees the same sequences, whoever computes which of its micro-steps.
+    rng = np.random.default_rng([seed, step])
+    starts = rng.integers(len(tokens) - block_size, size=gradient_accumulation_steps * batch_size)
+    first = micro_step * batch_size
+    return windows(tokens, starts[first : first + batch_size], block_size, device)
+
+
+def windows(tokens, starts, T, device):
+    """Inputs and targets (len(starts), T) cut from `tokens` at `starts`."""
+    import torch  # here: the processes that tokenize do without
+
+    both = torch.from_numpy(np.stack([tokens[start : start + T + 1] for start in starts]).astype(np.int64))
+    if torch.device(device).type == "cuda":
+        both = both.pin_memory().to(device, non_blocking=True)  # on MPS a copy that does not wait reads freed memory
+    else:
+        both = both.to(device)
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+def seed_of(*numbers):
+    """One well-mixed seed from several small numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 # Tokenizers

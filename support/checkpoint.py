@@ -22,9 +22,9 @@ from dataclasses import asdict
 
 import torch
 
-from configurator import UserError
-from dataset import sha256_of
 from mode import kind_of
+from support.data import sha256_of
+from support.options import UserError
 
 FORMAT = 2
 NAMES = ("last", "previous", "best")
@@ -97,6 +97,43 @@ def load(out_dir, name, device):
         reason = str(error).splitlines()[0]
         raise UserError(f"the weights and the model in {out_dir / name}.json do not fit together: {reason}") from None
     return model.to(device).eval(), info
+
+
+def start_from(folder, model, meta):
+    """
+    Give the model the weights of the best checkpoint in `folder`.
+
+    It may have fewer tokens (a vocabulary that is padded now) and a longer context, and need not have routed blocks:
+    the weights that it lacks stay random.
+    """
+    theirs, info = load(folder, "best", "cpu")
+    if any(info["data"].get(name) != meta.get(name) for name in ("tokenizer", "vocab")):
+        raise UserError(f"the model in {folder} has other tokens than the data set; they must be the same")
+    ours, before = asdict(model.config), asdict(theirs.config)
+    must_fit = ["n_layer", "n_head", "n_embd", "bias"]
+    if before["vocab_size"] > ours["vocab_size"]:
+        must_fit.append("vocab_size")
+    if before["block_size"] < ours["block_size"]:
+        must_fit.append("block_size")
+    if "n_expert" in before and "n_expert" in ours:  # a mixture cannot be taken over in part
+        must_fit += ["n_expert", "n_noop"]
+    shape = differences({name: before[name] for name in must_fit}, ours)
+    if shape:
+        raise UserError(f"the model in {folder} does not fit: {shape}")
+    weights = theirs.state_dict()
+    with torch.no_grad():
+        for name, w in model.state_dict().items():
+            if name in ("transformer.wte.weight", "transformer.wpe.weight"):  # the head is wte
+                n = min(len(w), len(weights[name]))
+                w[:n] = weights[name][:n]
+            elif name in weights and w.shape == weights[name].shape:  # a predictor may have another size
+                w.copy_(weights[name])
+    print(f"Starting from {folder}: step {info['step']:,} of a run on {info['data']['source']}")
+
+
+def differences(before, now):
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    return ", ".join(f"{name} was {before[name]}, now {now[name]}" for name in changed)
 
 
 def tensors(out_dir, info, kind):

@@ -1,7 +1,7 @@
 """
 GPT-2's weights, as Hugging Face keeps them, as a checkpoint of ours:
 
-    python gpt2.py --model=gpt2 --out_dir=out-gpt2
+    python -m support.gpt2 --model=gpt2 --out_dir=out-gpt2
     python sample.py --out_dir=out-gpt2 --start="The depth of a thought"
     python train.py config/shakespeare_finetune.py
 
@@ -12,9 +12,9 @@ gpt2-xl, or the folder of a model that was saved by transformers.
 from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoint
-from configurator import UserError, errors_in_one_line, load, option
 from mod import GPT, GPTConfig
+from support import checkpoint
+from support.options import UserError, errors_in_one_line, load, option
 
 # GPT-2's own, which mod.py has built in.
 EXPECTED = {

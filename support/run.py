@@ -14,9 +14,8 @@ from pathlib import Path
 import filelock
 from tqdm import tqdm
 
-import checkpoint
-import parallel
-from configurator import UserError
+from support import checkpoint, ranks
+from support.options import UserError
 
 
 @dataclass
@@ -67,7 +66,7 @@ def best_loss(out_dir, step):
 @contextlib.contextmanager
 def only_run_in(out_dir):
     """No second train.py in this folder meanwhile. The lock is the operating system's and ends with the process."""
-    if not parallel.is_main():  # rank 0 holds it for all
+    if not ranks.is_main():  # rank 0 holds it for all
         yield
         return
     folder = out_dir.resolve()
@@ -104,7 +103,7 @@ def keep_earlier_run(out_dir):
         print(f"{out_dir} holds an earlier run: moved to {shown} (to go on with it instead: --resume)")
 
 
-def load(out_dir, model, parts, config, info):
+def load(out_dir, model, parts, max_iters, info):
     """
     Put the run's last whole checkpoint into the model and `parts`; returns its Progress.
 
@@ -119,19 +118,19 @@ def load(out_dir, model, parts, config, info):
             f"{out_dir} was trained on {found['data']['source']!r}, not on {info['data']['source']!r}; see --dataset"
         )
     none = {"n_expert": 0, "n_noop": 0, "staged": False}  # in a model without experts
-    shape = differences({**none, **found["model"]}, {**none, **asdict(model.config)})
+    shape = checkpoint.differences({**none, **found["model"]}, {**none, **asdict(model.config)})
     if shape:
         raise UserError(f"the run in {out_dir} has another model: {shape}. Resume with its own options")
     may_differ = ("out_dir", "resume")
     before, now = ({k: v for k, v in each["config"].items() if k not in may_differ} for each in (found, info))
     batch = ("batch_size", "gradient_accumulation_steps")
-    changed = differences({name: before[name] for name in batch}, now)
+    changed = checkpoint.differences({name: before[name] for name in batch}, now)
     if changed:
         raise UserError(f"the run in {out_dir} counts its steps, tokens and FLOPs by another batch: {changed}")
-    if found["step"] > config.max_iters:
-        raise UserError(f"the run in {out_dir} is at step {found['step']}, beyond max_iters {config.max_iters}")
+    if found["step"] > max_iters:
+        raise UserError(f"the run in {out_dir} is at step {found['step']}, beyond max_iters {max_iters}")
     print(f"Resuming {out_dir} at step {found['step']:,}")
-    changed = differences({**before, **found["versions"]}, {**now, **info["versions"]})
+    changed = checkpoint.differences({**before, **found["versions"]}, {**now, **info["versions"]})
     if changed:
         print(f"Not exactly the run that stopped: {changed}")
     state = checkpoint.tensors(out_dir, found, "optimizer")
@@ -142,7 +141,7 @@ def load(out_dir, model, parts, config, info):
             part.load_state_dict(state[name])
     # Where the last one was damaged, the one before it takes its place: or the next save would make the damaged one
     # previous.json, and for a moment there would be no whole checkpoint.
-    if parallel.is_main():
+    if ranks.is_main():
         checkpoint.commit(out_dir, "last", found)
     step = found["step"]
     try:
@@ -159,7 +158,7 @@ def save(out_dir, model, parts, progress, info, stop):
 
     parts: as in `load`. info: what else goes into the checkpoint's JSON. stop: the Stop in force.
     """
-    if not parallel.is_main():
+    if not ranks.is_main():
         progress.saved = progress.step
         return True
     rows, step = progress.rows, progress.step
@@ -180,11 +179,6 @@ def save(out_dir, model, parts, progress, info, stop):
         progress.saved, progress.best = step, min(progress.best, loss)
     checkpoint.remove_unused(out_dir)
     return progress.saved == step
-
-
-def differences(before, now):
-    changed = [name for name in now if name in before and before[name] != now[name]]
-    return ", ".join(f"{name} was {before[name]}, now {now[name]}" for name in changed)
 
 
 def write_metrics(out_dir, rows):
@@ -212,15 +206,15 @@ class Stop:
 
     def ask(self, number, frame):
         # A scheduler may signal each rank, and torchrun passes on the signal that it got itself: one wish, told twice.
-        if self.requested and parallel.under_torchrun():
+        if self.requested and ranks.under_torchrun():
             return
         if self.requested:
             self.again = True
             raise KeyboardInterrupt(self.AT_ONCE)
         self.requested = number
-        if not parallel.is_main():
+        if not ranks.is_main():
             return
-        once_more = b"" if parallel.under_torchrun() else b". Once more: at once"
+        once_more = b"" if ranks.under_torchrun() else b". Once more: at once"
         with contextlib.suppress(OSError):  # as when the same Ctrl-C ended the program that reads our lines
             os.write(2, b"\nStopping after this step" + once_more + b"\n")  # print may not be called within a signal
 

@@ -1,0 +1,79 @@
+"""What a run says about itself: its model, its machine, its evaluations."""
+
+import dataclasses
+import platform
+import re
+
+import numpy as np
+import torch
+
+from mod import forward_flops
+from mode import MoDE
+from support import ranks
+
+# FLOPs per second at most, in matrix products of 16-bit numbers: the makers' figures, without sparsity.
+PEAK_FLOPS = {
+    "V100": 125e12,
+    "T4": 65e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+
+
+def peak_flops(device, dtype):
+    """What the run's devices can do at most; None where it is not known, as for float32."""
+    if not device.startswith("cuda") or dtype == "float32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = [key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name)]  # an L40 is no L4
+    return PEAK_FLOPS[max(known, key=len)] * ranks.ranks() if known else None
+
+
+def report(row, max_iters):
+    line = f"step {row['step']:>{len(f'{max_iters:,}')},}/{max_iters:,}  val loss {row['val_loss_causal']:.4f}"
+    if "taken" not in row:
+        return line
+    line += f" causal, {row['val_loss_topk']:.4f} top-k  taken {' '.join(f'{share:.1%}' for share in row['taken'])}"
+    if "predictor_accuracy" not in row:
+        return line
+    return (
+        f"{line}  predictor {row['predictor_accuracy']:.1%} right "
+        f"(base rate {row['predictor_base_rate']:.1%}, recall {row['predictor_recall']:.1%})"
+    )
+
+
+def describe(model, device, dtype, compiled):
+    c, routed = model.config, len(model.routed_blocks)
+    kind = f"MoD ({routed} of {c.n_layer} blocks routed at {c.capacity:.1%} capacity)" if routed else "Dense"
+    if routed and isinstance(model, MoDE):
+        noops = f" and {c.n_noop} no-ops" if c.n_noop else ""
+        what = f"{c.n_expert} experts at {c.expert_capacity:.1%} capacity{noops}"
+        around = f", routed at {c.capacity:.1%}" if c.staged else ""
+        kind = f"{'MoDE' if c.staged or c.n_noop else 'MoE'} ({routed} of {c.n_layer} blocks with {what}{around})"
+    dense_flops = forward_flops(dataclasses.replace(c, route_every=0), c.block_size)
+    saving = f", {forward_flops(c, c.block_size) / dense_flops:.2f} of the dense FLOPs" if routed else ""
+    where = device if ranks.ranks() == 1 else f"{ranks.ranks()} ranks, the first on {device}"
+    return (
+        f"{kind}: {c.n_layer} layers x {c.n_embd} wide, context {c.block_size}, {model.num_parameters():,} parameters"
+        f"{saving}; on {where}, {dtype}{', compiled' if compiled else ''}"
+    )
+
+
+def versions(device):
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "hardware": name,
+        "threads": torch.get_num_threads(),
+        "ranks": ranks.ranks(),
+    }
