@@ -38,7 +38,7 @@ class TrainConfig:
     resume: bool = option(False, "go on with the run in out_dir from its last checkpoint, with its options")
     dataset: str = option("shakespeare_char", "a folder below data/, or the path of any folder that prepare.py wrote")
     init_from: str = option(
-        "", "start from the best weights in this folder, of a run or of gpt2.py; empty: random ones"
+        "", "start from the best weights in this folder, of a run or of support.gpt2; empty: random ones"
     )
     eval_interval: int = option(250, "steps between two evaluations")
     eval_iters: int = option(200, "batches per evaluation at most; a small validation split is read once, whole")

@@ -1,4 +1,4 @@
-# Mixture-of-Depths at GPT-2's size (124 M) on OpenWebText. First:  python data/openwebtext/prepare.py
+# Mixture-of-Depths at GPT-2's size (124 M) on OpenWebText. First:  python -m data.openwebtext.prepare
 #
 #   1 GPU:    python train.py config/owt_mod_124m.py
 #   8 GPUs:   torchrun --standalone --nproc_per_node=8 train.py config/owt_mod_124m.py

@@ -1,7 +1,7 @@
 """
 A task of which it is known which tokens need depth: does the router send exactly these through?
 
-    python experiments/known_depth.py all
+    python -m experiments.known_depth all
 
 Each text is 64 letters, among them eight numbers from 0 to 4, at a random place:
 
@@ -22,22 +22,23 @@ Dense and routed models are trained with the same FLOPs; learning rates, seeds a
 A run that is stopped begins anew.
 """
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit(
+        "known_depth.py runs as a module, from the top of the repository: python -m experiments.known_depth"
+    )
+
 import math
-import sys
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # run as a script, this file's own folder stands there alone
-from experiments import report, runner  # noqa: E402
-from mod import GPT, GPTConfig, evaluating, forward_flops  # noqa: E402
-from support.data import seed_of  # noqa: E402
-from support.options import errors_in_one_line  # noqa: E402
-from train import TrainConfig, configure_optimizer, learning_rate_at  # noqa: E402
+from experiments import report, runner
+from mod import GPT, GPTConfig, evaluating, forward_flops
+from support.data import seed_of
+from support.options import errors_in_one_line
+from train import TrainConfig, configure_optimizer, learning_rate_at
 
 T, LENGTH, LETTERS, NUMBERS = 64, 8, 26, 5
 VOCABULARY = LETTERS + NUMBERS

@@ -2,20 +2,20 @@
 Draws the pictures of results/ and puts its figures into README.md and results/README.md, between the lines
 `<!-- results: NAME -->` and `<!-- end -->`:
 
-    python experiments/readme.py
+    python -m experiments.readme
 """
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("readme.py runs as a module, from the top of the repository: python -m experiments.readme")
 
 import json
 import re
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # run as a script, this file's own folder stands there alone
-import isoflop  # noqa: E402
-import plot  # noqa: E402
-from experiments import known_depth, report, routing, runner  # noqa: E402
+import plot
+from experiments import isoflop, known_depth, report, routing, runner
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 FILES = (ROOT / "README.md", RESULTS / "README.md")
 

@@ -441,7 +441,7 @@ def draw_changes(models, path):
 
 # The paper's claims
 
-ISOFLOP, ROUTING = "`isoflop.py full`", "`experiments/routing.py all`"
+ISOFLOP, ROUTING = "`experiments.isoflop full`", "`experiments.routing all`"
 
 
 def claims(models, routing, timed):
@@ -520,13 +520,13 @@ def claim_5(models):
         if len(worse) == len(asked):
             found.append((b, worse))
     if not found:
-        return "not run yet", "open", "`isoflop.py laptop`"
+        return "not run yet", "open", "`experiments.isoflop laptop`"
     b, worse = found[-1]
     here = "; ".join(f"{name} {signed(worse[name])}" for name in asked)
     # Drastically: by more than one percent.
     held = [percent - half > (1 if name == "stochastic routing" else 0) for name, (percent, half) in worse.items()]
     verdict = "reproduced" if all(held) else "partly" if any(held) else "not"
-    return f"{here}, at the size that is best for 12.5 %", f"{verdict}, at {short(b)}", "`isoflop.py laptop`"
+    return f"{here}, at the size that is best for 12.5 %", f"{verdict}, at {short(b)}", "`experiments.isoflop laptop`"
 
 
 def claim_6(pairs):
@@ -577,8 +577,8 @@ def claim_8(models):
             verdict = "reproduced" if all(better) else "partly" if any(better) else "not"
             if not any(better) and not any(worse):
                 verdict = "no difference seen"  # as for claim 1
-            return here, f"{verdict}, at {short(budget)}", "`isoflop.py experts`"
-    return "not run yet", "open", "`isoflop.py experts`"
+            return here, f"{verdict}, at {short(budget)}", "`experiments.isoflop experts`"
+    return "not run yet", "open", "`experiments.isoflop experts`"
 
 
 def short(budget):

@@ -1,29 +1,27 @@
 """
 What did the router learn, and what does it cost to go without the future?
 
-    python experiments/routing.py all
+    python -m experiments.routing all
 
 Trains one Mixture-of-Depths model with three seeds by isoflop.py's recipe, then looks at the half of the validation
 split on which no choice is made: the loss under top-k and under causal routing, at the length of training and shorter;
 how well top-k is foretold, over the training; which tokens the routed blocks take.
 """
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("routing.py runs as a module, from the top of the repository: python -m experiments.routing")
+
 import math
 import statistics
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # run as a script, this file's own folder stands there alone
-import isoflop  # noqa: E402
-from experiments import report, runner  # noqa: E402
-from support.data import windows  # noqa: E402
-from support.options import errors_in_one_line  # noqa: E402
+from experiments import isoflop, report, runner
+from support.data import windows
+from support.options import errors_in_one_line
 
 MODEL = isoflop.Run(1e13, 6, 96, route_every=2)
 LENGTHS = (16, 32, 64, 128)

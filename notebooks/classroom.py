@@ -1,22 +1,17 @@
 """
-What the notebooks share: the project's files within reach, one look for all pictures, and the pictures they draw often.
+What the notebooks share: one look for all pictures, and the pictures they draw often.
 
 For the projector: colours that stay apart in greyscale and for colour-blind eyes, and nothing told by colour alone.
 """
 
-import sys
-from pathlib import Path
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from cycler import cycler
+from IPython.display import display
+from matplotlib.colors import ListedColormap
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a notebook's own folder is all that it sees
-
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from cycler import cycler  # noqa: E402
-from IPython.display import display  # noqa: E402
-from matplotlib.colors import ListedColormap  # noqa: E402
-
-from support.depth import visible  # noqa: E402
+from support.depth import visible
 
 DARK, RED, GREY, GOLD, BLUE = "#1b1b1b", "#b5173b", "#8a8a8a", "#e3a008", "#5b8fd6"
 HATCHED = [dict(color=c, hatch=h, edgecolor="w") for c, h in ((RED, None), (GREY, "//"), (DARK, "xx"))]

@@ -106,10 +106,12 @@ def load_dataset(dataset, block_size, vocab_size=0, check=True):
             known = ", ".join(sorted(path.name for path in DATA.iterdir() if path.is_dir()))
             raise UserError(
                 f"no data set {dataset!r}; there is {known}. For a text of your own: "
-                "python data/shakespeare_char/prepare.py --input FILE --out data/NAME"
+                "python -m data.shakespeare_char.prepare --input FILE --out data/NAME"
             )
         if folder.name == "openwebtext":
-            raise UserError(f"{folder} is not prepared; that takes hours and a large disk: python {folder}/prepare.py")
+            raise UserError(
+                f"{folder} is not prepared; that takes hours and a large disk: python -m data.openwebtext.prepare"
+            )
         print(f"Data set {dataset} is missing here: running {folder / 'prepare.py'}")
         try:
             runpy.run_path(str(folder / "prepare.py"))["main"]([])

@@ -9,6 +9,9 @@ Needs transformers: pip install transformers. --model is gpt2 (124M, downloads 0
 gpt2-xl, or the folder of a model that was saved by transformers.
 """
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("gpt2.py runs as a module, from the top of the repository: python -m support.gpt2")
+
 from dataclasses import dataclass
 from pathlib import Path
 

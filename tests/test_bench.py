@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-import bench
+from experiments import bench
 from mod import GPTConfig, forward_flops
 from train import TrainConfig
 

@@ -316,8 +316,8 @@ def test_real_processes_give_the_tokens_of_a_plain_loop_and_the_documents_back(t
     else:
         folder = tmp_path / "in"
         write_documents(folder / "a.jsonl", texts)
-    command = [sys.executable, openwebtext.__file__, "--input", str(folder), "--out", str(tmp_path / "out")]
-    subprocess.run([*command, "--val_every=50", "--processes=2"], check=True, capture_output=True)
+    command = [sys.executable, "-m", openwebtext.__name__, "--input", str(folder), "--out", str(tmp_path / "out")]
+    subprocess.run([*command, "--val_every=50", "--processes=2"], cwd=ROOT, check=True, capture_output=True)
     tokens, meta = prepared(tmp_path / "out")
     assert tokens == reference(texts, real_encoding, 50, 2357)
     in_val = [i % 50 == np.random.default_rng([2357, i // 50]).integers(50) for i in range(len(texts))]
@@ -335,15 +335,15 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, real_enc
     texts = [text[:60] for text in words(50_000)]
     write_documents(tmp_path / "in.jsonl", texts)
     out = tmp_path / "out"
-    command = [sys.executable, openwebtext.__file__, "--input", str(tmp_path / "in.jsonl"), "--out", str(out)]
-    process = subprocess.Popen([*command, "--processes=2"], stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [sys.executable, "-m", openwebtext.__name__, "--input", str(tmp_path / "in.jsonl"), "--out", str(out)]
+    process = subprocess.Popen([*command, "--processes=2"], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     while not (out / "progress.json").exists() or not json.loads((out / "progress.json").read_text())["chunks"]:
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / "meta.json").exists()
-    done = subprocess.run([*command, "--processes=2"], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, "--processes=2"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "Going on after" in done.stdout
     assert prepared(out)[0] == reference(texts, real_encoding, 2000, 2357)
 
@@ -353,8 +353,10 @@ def test_where_a_process_is_killed_it_says_so_instead_of_waiting(tmp_path, real_
     pytest.importorskip("datasets")
     write_documents(tmp_path / "in.jsonl", [text[:60] for text in words(50_000)])
     out = tmp_path / "out"
-    command = [sys.executable, openwebtext.__file__, "--input", str(tmp_path / "in.jsonl"), "--out", str(out)]
-    process = subprocess.Popen([*command, "--processes=2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", openwebtext.__name__, "--input", str(tmp_path / "in.jsonl"), "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--processes=2"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not (out / "train.part").exists() or not (out / "train.part").stat().st_size:
         assert process.poll() is None
@@ -369,7 +371,9 @@ def test_where_a_process_is_killed_it_says_so_instead_of_waiting(tmp_path, real_
 
 def peak_memory(command):
     """The most anonymous memory (no mapped files), in bytes, that a command and its processes have together."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     peak = 0
     while process.poll() is None:
         total = 0
@@ -394,7 +398,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, real_encoding):
     for times in (1, 10):
         texts = words(7000 * times)  # about 17 MB each
         write_documents(tmp_path / f"{times}.jsonl", texts)
-        command = [sys.executable, openwebtext.__file__, "--input", str(tmp_path / f"{times}.jsonl")]
+        command = [sys.executable, "-m", openwebtext.__name__, "--input", str(tmp_path / f"{times}.jsonl")]
         peaks.append(peak_memory([*command, "--out", str(tmp_path / f"out{times}"), "--processes=2"]))
         print(f"{times} x: {(tmp_path / f'{times}.jsonl').stat().st_size / 1e6:.0f} MB, peak {peaks[-1] / 1e6:.0f} MB")
     assert peaks[1] < 1.2 * peaks[0]

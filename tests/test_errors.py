@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-import bench
 import plot
 import sample
 import train
 from data.shakespeare_char import prepare
+from experiments import bench
 from helpers import ROOT, told
 from support import checkpoint
 from support import data as data_module
@@ -362,3 +362,28 @@ def test_a_fault_of_ours_keeps_its_traceback(tiny, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main([f"--{name}={value}" for name, value in dataclasses.asdict(tiny).items()])
+
+
+MOVED = {
+    "isoflop.py": "experiments.isoflop",
+    "bench.py": "experiments.bench",
+    "gpt2.py": "support.gpt2",
+    "support/gpt2.py": "support.gpt2",
+    **{
+        f"experiments/{name}.py": f"experiments.{name}"
+        for name in ("isoflop", "bench", "routing", "known_depth", "readme")
+    },
+    **{
+        f"data/{name}/prepare.py": f"data.{name}.prepare"
+        for name in ("openwebtext", "shakespeare", "shakespeare_char", "shakespeare_works")
+    },
+}
+
+
+@pytest.mark.parametrize("path", MOVED)
+def test_an_old_command_prints_the_command_that_replaces_it(path, tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / path), "all"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(f": python -m {MOVED[path]}")
+    assert not list(tmp_path.iterdir())

@@ -15,9 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-import isoflop
 import mod
-from experiments import known_depth, readme, report, routing, runner
+from experiments import isoflop, known_depth, readme, report, routing, runner
 from experiments.variants import VARIANTS
 from helpers import ROOT
 from mod import GPT, GPTConfig
@@ -91,7 +90,7 @@ def test_what_is_under_way_is_finished_and_kept_when_another_run_fails(tmp_path)
 
 SET_OF_TWO = """
 import sys
-import isoflop
+from experiments import isoflop
 runs = [isoflop.Run(2e10, 2, 32, 2, seed=seed) for seed in (1, 2)] + [isoflop.Run(1e9, 1, 32, 0)]
 if __name__ == "__main__":
     isoflop.SETS["two"] = lambda done: [run for run in runs if run not in done]
@@ -731,7 +730,7 @@ def test_the_readmes_say_what_the_results_say():
     for path in readme.FILES:
         text = path.read_text(encoding="utf-8")
         used += text.count("<!-- results: ")
-        assert readme.filled(text, parts) == text, f"python experiments/readme.py, then look at {path.name}"
+        assert readme.filled(text, parts) == text, f"python -m experiments.readme, then look at {path.name}"
     assert used == len(parts)
 
 
@@ -744,7 +743,7 @@ def test_the_pictures_are_of_the_runs_beside_them(name):
         with Image.open(path) as picture:
             drawn_of = picture.text["Description"]
         assert drawn_of == report.hash_of(folder / "runs.jsonl"), (
-            f"python experiments/readme.py, then look at {path.name}"
+            f"python -m experiments.readme, then look at {path.name}"
         )
 
 

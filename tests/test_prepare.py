@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data.shakespeare_char import prepare
-from helpers import offline, run
+from helpers import ROOT, offline, run
 from support import data as data_module
 from support.data import load_dataset
 from support.options import UserError
@@ -67,8 +67,10 @@ def test_an_interrupted_prepare_leaves_the_old_set_or_none(tmp_path, dataset, mo
 
 def test_two_prepares_at_once_do_no_harm(tmp_path):
     (tmp_path / "text").write_text("to be or not to be, " * 200)
-    command = [sys.executable, prepare.__file__, "--input", str(tmp_path / "text"), "--out", str(tmp_path / "set")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    folders = ["--input", str(tmp_path / "text"), "--out", str(tmp_path / "set")]
+    command = [sys.executable, "-m", prepare.__name__, *folders]
+    piped = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    both = [subprocess.Popen(command, cwd=ROOT, **piped) for _ in range(2)]
     assert all(process.communicate()[0].count("4,000 characters") == 1 for process in both)
     load_dataset(str(tmp_path / "set"), block_size=8)
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["meta.json", "train.bin", "val.bin"]

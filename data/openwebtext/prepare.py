@@ -1,8 +1,8 @@
 """
 OpenWebText, or a folder of documents of your own, in GPT-2's tokens:
 
-    python data/openwebtext/prepare.py                                         # downloads OpenWebText, see README.md
-    python data/openwebtext/prepare.py --input my_documents --out data/my_set  # .jsonl, .parquet or .txt files
+    python -m data.openwebtext.prepare                                         # downloads OpenWebText, see README.md
+    python -m data.openwebtext.prepare --input my_documents --out data/my_set  # .jsonl, .parquet or .txt files
 
 Needs Hugging Face datasets: pip install datasets
 
@@ -11,6 +11,9 @@ val.bin, the others to train.bin, in their order (of files: by their paths). A .
 killed, it goes on where it was when it is started again.
 """
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("prepare.py runs as a module, from the top of the repository: python -m data.openwebtext.prepare")
+
 import argparse
 import functools
 import hashlib
@@ -18,7 +21,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,10 +30,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from support import data
+from support.options import UserError, errors_in_one_line
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # run as a script, this file's own folder stands there alone
-from support import data  # noqa: E402
-from support.options import UserError, errors_in_one_line  # noqa: E402
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_DOCUMENTS = 8_013_769  # fewer: a branch with a part of it, or a download that ended early

@@ -1,21 +1,24 @@
 """
 Shakespeare, or any text of your own, in GPT-2's tokens:
 
-    python data/shakespeare/prepare.py                                    # downloads Tiny Shakespeare
-    python data/shakespeare/prepare.py --input my.txt --out data/my_text  # your text, in UTF-8
+    python -m data.shakespeare.prepare                                    # downloads Tiny Shakespeare
+    python -m data.shakespeare.prepare --input my.txt --out data/my_text  # your text, in UTF-8
 
 As data/shakespeare_char, with the same split (the first 90 % and the last 10 % of the characters), but the tokens are
 those of GPT-2, so that a model which has them can be fine-tuned on it.
 """
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("prepare.py runs as a module, from the top of the repository: python -m data.shakespeare.prepare")
+
 import sys
 from pathlib import Path
 
+from data.shakespeare_char.prepare import decode, find_text, split_at, write
+from support import data
+from support.options import UserError
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # run as a script, this file's own folder stands there alone
-from data.shakespeare_char.prepare import decode, find_text, split_at, write  # noqa: E402
-from support import data  # noqa: E402
-from support.options import UserError  # noqa: E402
 
 
 def main(argv=None):

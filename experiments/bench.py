@@ -1,0 +1,392 @@
+"""
+Does the clock follow the FLOPs? A Mixture-of-Depths GPT against a dense one, training and sampling:
+
+    python -m experiments.bench
+    python -m experiments.bench --n_layer=12 --n_head=12 --n_embd=768 --block_size=512 --part=sampling
+    python -m experiments.bench --check --device=mps
+
+Predicts first, then measures: both models in turn, medians, warm-up apart. The last line is JSON. --check compares the
+device's results with the CPU's instead, for devices that nobody has tried yet.
+"""
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("bench.py runs as a module, from the top of the repository: python -m experiments.bench")
+
+import copy
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from tqdm import tqdm
+
+from mod import GPT, GPTConfig, KVCache, forward_flops, pick_token
+from mode import MoDEConfig, kind_of
+from support.evaluation import autocast
+from support.options import UserError, errors_in_one_line, load, option, pick_device
+from train import TrainConfig, configure_optimizer, resolve
+
+
+@dataclass
+class BenchConfig:
+    n_layer: int = option(6, "blocks")
+    n_head: int = option(6, "attention heads")
+    n_embd: int = option(384, "width")
+    block_size: int = option(256, "context")
+    vocab_size: int = option(65, "vocabulary")
+    capacity: float = option(GPTConfig.capacity, "share of the tokens that a routed block processes")
+    route_every: int = option(GPTConfig.route_every, "2: every other block is routed")
+    n_expert: int = option(0, "experts in each routed block, see mode.py; with them only training is measured")
+    n_noop: int = option(0, "no-op experts beside them")
+    expert_capacity: float = option(MoDEConfig.expert_capacity, "share of a block's tokens that each expert takes")
+    staged: bool = option(False, "True: staged MoDE")
+    against: str = option("", "shape of the dense GPT, as 1x96 (layers x width); empty: that of the other model")
+    part: str = option("both", "what to measure", choices=("both", "training", "sampling"))
+    batch_size: int = option(16, "training: sequences per step; sampling is measured with batches of 1 and 16")
+    new_tokens: int = option(64, "sampling: tokens to generate after a prompt of block_size - new_tokens")
+    repeats: int = option(10, "timed training steps, or generated texts, of each model")
+    warmup: int = option(2, "untimed ones before them")
+    device: str = option("auto", "auto (the best there is), cpu, cuda, mps, ...")
+    dtype: str = option("auto", "auto: bfloat16 where the GPU has it", choices=("auto", "float32", "bfloat16"))
+    compile: str = option("auto", "compile training; auto: on CUDA under Linux", choices=("auto", "True", "False"))
+    check: bool = option(False, "compare the device with the CPU on the operations of routing, and stop")
+
+
+def main(argv=None):
+    with errors_in_one_line("bench.py", "take a smaller --batch_size or model"):
+        options = load(BenchConfig, argv, __doc__.split(":")[0])
+        if options.check:
+            sys.exit(1 if check(options) else 0)
+        print(json.dumps(bench(options)))
+
+
+def bench(options):
+    """The figures as a dict; times in seconds, *_ratio is MoD over dense, *_speedup dense time over MoD time."""
+    for name, least in (("batch_size", 1), ("repeats", 1), ("warmup", 0), ("route_every", 1), ("new_tokens", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"{name} must be at least {least}, got {getattr(options, name)}")
+    if options.part != "training" and options.new_tokens >= options.block_size:
+        raise UserError(f"new_tokens must leave room for a prompt in block_size {options.block_size}; make it smaller")
+    kind, _ = kind_of(asdict(options))
+    if kind is MoDEConfig and options.part != "training":
+        raise UserError("sampling is measured without experts; with them take --part=training")
+    names = {field.name for field in dataclasses.fields(kind)} & asdict(options).keys()
+    try:
+        mod = kind(**{name: getattr(options, name) for name in names}, bias=False)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if options.route_every > options.n_layer:
+        raise UserError(f"route_every {options.route_every} routes none of {options.n_layer} blocks; use more blocks")
+    configs = {"mod": mod, "dense": dense_config(mod, options.against)}
+    machine = resolve(TrainConfig(device=options.device, dtype=options.dtype, compile=options.compile))
+    figures = {}
+    if options.part != "sampling":
+        figures |= bench_training(configs, options, machine)
+    if options.part != "training":
+        figures |= bench_sampling(configs, options, machine)
+    return {
+        **figures,
+        **asdict(options),
+        "device": torch.cuda.get_device_name(machine.device) if machine.device.startswith("cuda") else machine.device,
+        "dtype": machine.dtype,
+        "compile": machine.compile,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+def dense_config(mod, shape):
+    """The dense GPT to compare with: of the given shape, with heads of the same size."""
+    if not shape:
+        return dataclasses.replace(mod, route_every=0)
+    n_layer, _, n_embd = shape.partition("x")
+    head_size = mod.n_embd // mod.n_head
+    if not (
+        n_layer.isdecimal() and n_embd.isdecimal() and int(n_layer) and int(n_embd) and int(n_embd) % head_size == 0
+    ):
+        raise UserError(
+            f"against is layers x width, the width in heads of {head_size}, such as 1x{head_size}; got {shape!r}"
+        )
+    n_layer, n_embd = int(n_layer), int(n_embd)
+    return dataclasses.replace(mod, route_every=0, n_layer=n_layer, n_embd=n_embd, n_head=n_embd // head_size)
+
+
+def in_turn(measure, options):
+    """
+    measure(name, repeat) for MoD and dense in turn, so that what slows the machine slows both; the warm-up apart.
+
+    Returns, per model, the list of what it returned.
+    """
+    results = {"mod": [], "dense": []}
+    for repeat in tqdm(range(options.warmup + options.repeats), disable=None, leave=False):
+        for name, kept in results.items():
+            result = measure(name, repeat)
+            if repeat >= options.warmup:
+                kept.append(result)
+    return results
+
+
+def clocked(work, device):
+    """The seconds that work() takes, and what it returns."""
+
+    def synchronize():
+        if torch.device(device).type != "cpu":  # a GPU works on while Python goes ahead
+            torch.accelerator.synchronize(torch.device(device))
+
+    synchronize()
+    start = time.perf_counter()
+    result = work()
+    synchronize()
+    return time.perf_counter() - start, result
+
+
+# Training
+
+
+def bench_training(configs, options, machine):
+    flops = {name: forward_flops(config, config.block_size) for name, config in configs.items()}
+    flop_ratio = flops["mod"] / flops["dense"]
+    kind = "MoDE" if isinstance(configs["mod"], MoDEConfig) else "MoD"
+    print(f"Training, predicted: a {kind} step has {flop_ratio:.3f} of the dense step's FLOPs")
+    steps = {name: training_step(config, options.batch_size, machine) for name, config in configs.items()}
+    seconds = in_turn(lambda name, repeat: clocked(steps[name], machine.device)[0], options)
+    mod, dense = statistics.median(seconds["mod"]), statistics.median(seconds["dense"])
+    print(f"Training, measured:  {mod:.4f} s against {dense:.4f} s, ratio {mod / dense:.3f}")
+    print(f"The clock is at {mod / dense / flop_ratio:.2f} times the FLOP ratio")
+    return {
+        "train_time_ratio": round(mod / dense, 4),
+        "train_flop_ratio": round(flop_ratio, 4),
+        "mod_step_seconds": round(mod, 5),
+        "dense_step_seconds": round(dense, 5),
+    }
+
+
+def training_step(config, batch_size, machine):
+    """A function that makes one training step (forward, backward, clipping, AdamW) on random tokens."""
+    torch.manual_seed(0)
+    model = kind_of(asdict(config))[1](config).to(machine.device)
+    optimizer = configure_optimizer(model, machine)
+    idx = torch.randint(config.vocab_size, (batch_size, config.block_size), device=machine.device)
+    if machine.compile == "True":
+        model.compile()
+
+    def step():
+        with autocast(machine.device, machine.dtype):
+            _, loss = model(idx, idx)
+        (loss + model.aux_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+# Sampling
+
+
+def bench_sampling(configs, options, machine):
+    limits = Limits.measured(machine)
+    print(f"This device: {limits.peak / 1e9:,.0f} GFLOP/s in matrix products, reads {limits.bandwidth / 1e9:,.1f} GB/s")
+    models = {name: sampling_model(config, machine) for name, config in configs.items()}
+    figures = {B: sampling_figures(B, models, limits, options, machine) for B in (1, 16)}
+    return {**figures[1], "batch_16": figures[16], **asdict(limits)}
+
+
+def sampling_figures(B, models, limits, options, machine):
+    """Both models, each generating B texts at once."""
+    config = models["mod"].config
+    length = options.block_size - options.new_tokens / 2  # of the texts, on average
+    predicted = expected_step(models["dense"].config, B, length, limits) / expected_step(config, B, length, limits)
+    print(f"Sampling {B:2} at once, predicted: {predicted:.2f} times as fast at best, if {config.capacity:.1%} enter")
+    runs = in_turn(lambda name, seed: generate(models[name], B, seed, limits, options, machine), options)
+    figures = {}
+    for name, kept in runs.items():
+        step, ideal_step, prefill, cache_bytes = (
+            statistics.median(run[key] for run in kept)
+            for key in ("step_seconds", "ideal_step_seconds", "prefill_seconds", "cache_bytes")
+        )
+        figures[name] = {
+            "tokens_per_second": round(B / step, 2),
+            "ideal_tokens_per_second": round(B / ideal_step, 2),
+            "prefill_seconds": round(prefill, 5),
+            "cache_bytes": int(cache_bytes),
+        }
+    mod, dense = figures["mod"], figures["dense"]
+    ratios = {
+        "decode_speedup": round(mod["tokens_per_second"] / dense["tokens_per_second"], 4),
+        "decode_ideal_speedup": round(mod["ideal_tokens_per_second"] / dense["ideal_tokens_per_second"], 4),
+        "prefill_speedup": round(dense["prefill_seconds"] / mod["prefill_seconds"], 4),
+        "cache_bytes_ratio": round(mod["cache_bytes"] / dense["cache_bytes"], 4),
+        # A pass over the prompt against a step; the whole window would take a little longer.
+        "cache_speedup": round(mod["prefill_seconds"] / B * mod["tokens_per_second"], 2),
+        "taken": round(statistics.mean(run["taken"] for run in runs["mod"]), 4),
+    }
+    print(
+        f"Sampling {B:2} at once, measured:  {ratios['decode_speedup']:.2f} times as fast "
+        f"({mod['tokens_per_second']:,.1f} against {dense['tokens_per_second']:,.1f} tokens/s); "
+        f"{ratios['decode_ideal_speedup']:.2f} at best, as {ratios['taken']:.1%} entered; "
+        f"prefill {ratios['prefill_speedup']:.2f} times as fast, {ratios['cache_bytes_ratio']:.2f} of the cache bytes; "
+        f"without a cache, reading the prompt again for each token, {ratios['cache_speedup']:.1f} times as long"
+    )
+    return {**ratios, **figures}
+
+
+def sampling_model(config, machine):
+    """A model of random weights whose predictors take a share of `capacity`; untrained, they would take any share."""
+    torch.manual_seed(0)
+    model = GPT(config).to(machine.device, getattr(torch, machine.dtype)).eval()
+    idx = torch.randint(config.vocab_size, (8, config.block_size), device=machine.device)
+    with torch.no_grad():
+        for block in model.routed_blocks:  # in this order: what a block takes changes what the later ones see
+            model(idx, routing="causal")
+            block.predictor[-1].bias -= block.logits.float().quantile(1 - config.capacity)
+    return model
+
+
+def generate(model, B, seed, limits, options, machine):
+    """One run: prompts of random tokens, then new_tokens tokens that fill the window."""
+    torch.manual_seed(seed)
+    config, cache = model.config, KVCache(model.config, B)
+    prompts = torch.randint(config.vocab_size, (B, options.block_size - options.new_tokens)).tolist()
+    prefill_seconds, logits = clocked(lambda: model.prefill(prompts, cache), machine.device)
+    lengths = [[list(layer.length) for layer in cache.layers]]  # after each step
+
+    def steps(logits=logits):
+        for _ in range(options.new_tokens):
+            logits = model.step(pick_token(logits), cache)
+            lengths.append([list(layer.length) for layer in cache.layers])
+
+    seconds, _ = clocked(steps, machine.device)
+    routed = [layer for layer in range(config.n_layer) if config.is_routed(layer)]
+    entered = sum(sum(lengths[-1][layer]) - sum(lengths[0][layer]) for layer in routed)
+    return {
+        "prefill_seconds": prefill_seconds,
+        "step_seconds": seconds / options.new_tokens,
+        "ideal_step_seconds": ideal_step(config, lengths, limits),
+        "cache_bytes": cache.nbytes,
+        "taken": entered / (options.new_tokens * B * max(1, len(routed))),
+    }
+
+
+@dataclass
+class Limits:
+    """
+    What the device can do, measured: FLOP/s in large matrix products, bytes/s read from its main memory.
+
+    From them the time of a step at best. It leaves out what each operation costs however small it is, and that is most
+    of a small model's time; and a model that fits into the device's caches can be read faster.
+    """
+
+    peak: float
+    bandwidth: float
+    itemsize: int
+
+    @staticmethod
+    def measured(machine):
+        dtype, on_cpu = getattr(torch, machine.dtype), torch.device(machine.device).type == "cpu"
+        n = 2048 if on_cpu else 8192
+        a = torch.randn(n, n, device=machine.device, dtype=dtype)
+        big = torch.zeros(2**26 if on_cpu else 2**29, device=machine.device)  # 256 MiB, 2 GiB: no cache holds it
+        product = min(clocked(lambda: a @ a, machine.device)[0] for _ in range(5))
+        read = min(clocked(lambda: big.sum(), machine.device)[0] for _ in range(5))
+        return Limits(2 * n**3 / product, big.nbytes / read, a.element_size())
+
+    def seconds(self, flops, numbers):
+        """The least time for these FLOPs and for reading that many numbers: the larger of the two."""
+        return max(flops / self.peak, numbers * self.itemsize / self.bandwidth)
+
+    def block(self, config, rows, held):
+        """One block's step for `rows` rows whose caches hold `held` tokens together; weights are read once for all."""
+        C = config.n_embd
+        return self.seconds(24 * rows * C * C + 4 * C * held, 12 * C * C + 2 * C * held) if rows else 0.0
+
+    def rest(self, config, B):
+        """The predictors, and the head."""
+        C, h = config.n_embd, config.predictor_hidden
+        routed = sum(config.is_routed(layer) for layer in range(config.n_layer))
+        decision, head = C + C * h + h, C * config.vocab_size
+        return routed * self.seconds(2 * B * decision, decision) + self.seconds(2 * B * head, head)
+
+
+def ideal_step(config, lengths, limits):
+    """The least time of a step: mean over the steps that were made, each block with the rows that entered it."""
+    B, steps = len(lengths[0][0]), len(lengths) - 1
+    total = 0.0
+    for before, after in zip(lengths, lengths[1:]):
+        for old, new in zip(before, after):
+            held = [n for n, o in zip(new, old) if n > o]  # of the rows that entered
+            total += limits.block(config, len(held), sum(held))
+    return total / steps + limits.rest(config, B)
+
+
+def expected_step(config, B, length, limits):
+    """The same in advance, for texts of `length` tokens, if each row enters a routed block with P = capacity."""
+    c = config.capacity
+    some = 1 - (1 - c) ** B  # the probability that any row enters
+    routed = sum(config.is_routed(layer) for layer in range(config.n_layer))
+    blocks = (config.n_layer - routed) * limits.block(config, B, B * length)
+    blocks += routed * some * limits.block(config, B * c / some, B * c / some * c * length)
+    return blocks + limits.rest(config, B)
+
+
+# Is the device right?
+
+
+def check(options):
+    """Compare the device with the CPU on what routing needs. Prints a line for each, returns how many are different."""
+    device = pick_device(options.device)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=65, n_layer=4, n_head=2, n_embd=128))  # head size 64, as in GPT-2
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3 if p.dim() > 1 else 1)  # so that every block matters
+    r, x, idx = torch.randn(4, 256), torch.randn(4, 256, 128), torch.randint(65, (4, 256))
+    index = r.topk(32, dim=1).indices.sort(dim=1).values[:, :, None].expand(-1, -1, 128)
+
+    def gradient(name):
+        def work(model, idx):
+            model.zero_grad()
+            _, loss = model(idx, idx)
+            (loss + model.aux_loss).backward()
+            return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if name in n])
+
+        return work
+
+    def step_by_step(model, idx):
+        cache = KVCache(model.config, len(idx))
+        first = model.prefill(idx[:, :200].tolist(), cache)
+        return torch.stack([first, *(model.step(token, cache) for token in idx.T[200:])])
+
+    checks = {
+        "top-k, 32 of 256, in order": (lambda r: r.topk(32, dim=1).indices.sort(dim=1).values, r),
+        "stable sort of zeros and ones": (lambda r: (r > 0).int().argsort(dim=1, stable=True), r),
+        "gather": (lambda x, index: x.gather(1, index), x, index),
+        "scatter-add": (lambda x, index: x.scatter_add(1, index, x.gather(1, index)), x, index),
+        "a top-k pass": (lambda model, idx: model(idx)[0], model, idx),
+        "gradient of the trunk": (gradient("transformer"), model, idx),
+        "gradient of the routers": (gradient("router"), model, idx),
+        "gradient of the predictors": (gradient("predictor"), model, idx),
+        "a causal pass": (lambda model, idx: model(idx, routing="causal")[0], model, idx),
+        "with the cache, one text": (step_by_step, model, idx[:1]),
+        "with the cache, four texts": (step_by_step, model, idx),
+    }
+    different = 0
+    for name, (work, *inputs) in checks.items():
+        expected = work(*inputs)
+        try:
+            got = work(*(copy.deepcopy(i).to(device) for i in inputs)).cpu()
+            same = torch.allclose(got, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+            result = "same" if same else f"DIFFERENT by up to {(got - expected).abs().max().item():.3g}"
+        except (RuntimeError, NotImplementedError) as error:
+            same, result = False, f"FAILED: {str(error).splitlines()[0]}"
+        different += not same
+        print(f"{name:32} {result}")
+    print(f"{device} against cpu, PyTorch {torch.__version__}: {different or 'none'} of {len(checks)} different")
+    return different
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+raise SystemExit("gpt2.py has moved: python -m support.gpt2")
