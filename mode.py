@@ -1,13 +1,13 @@
 """
 Mixture-of-Depths-and-Experts (MoDE): routing over depth and over experts together (§4.3 of the paper, see mod.py).
 
-A mixture of experts (MoE) takes the place of the MLP in every block that mod.py would route. Three models come of it:
+A mixture of experts (MoE) replaces the MLP in every block that mod.py would route. This gives three models:
 
     MoE          attention for every token, then the experts
-    staged       the router of Mixture-of-Depths around the whole block; experts for the tokens that it picks
-    integrated   as MoE, with no-op experts beside the real ones: a token can choose the residual stream
+    staged       a Mixture-of-Depths router around the whole block, experts for the tokens that it picks
+    integrated   like MoE, with no-op experts beside the real ones, so a token can choose the residual stream
 
-Built on mod.py, whose letters it keeps; E experts.
+Letters as in mod.py; E experts.
 """
 
 import math
@@ -17,39 +17,27 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from mod import GPT, Block, GPTConfig, RoutedBlock
+from mod import GPT, Block, GPTConfig, RoutedBlock, capacity_in_tokens, linear_flops, no_autocast
 
 
 @dataclass
 class MoDEConfig(GPTConfig):
-    n_expert: int = 4  # real experts, each an MLP of the usual size
-    n_noop: int = 0  # no-op experts: in the same softmax, but they take no tokens and compute nothing
-    expert_capacity: float = 0.25  # share of the block's tokens that each real expert processes, in (0, 1]
-    staged: bool = False  # True: the block's own router first picks the tokens, `capacity` of them
+    n_expert: int = 4  # experts that replace the MLP in each routed block; in train.py 0 means none
+    n_noop: int = 0  # no-op experts beside them, for integrated MoDE
+    expert_capacity: float = 0.25  # share of a block's tokens that each expert processes, in (0, 1]
+    staged: bool = False  # True: the block routes its tokens first (staged MoDE); False: attention for all
 
     def __post_init__(self):
         super().__post_init__()
-        if self.n_expert < 0 or self.n_noop < 0 or self.n_expert + self.n_noop < 1:
-            raise ValueError(f"n_expert and n_noop count experts, got {self.n_expert} and {self.n_noop}")
+        if self.n_expert < 0 or self.n_noop < 0 or self.n_expert + self.n_noop < 2:
+            raise ValueError(
+                f"with experts, n_expert + n_noop must be at least 2, got {self.n_expert} + {self.n_noop}: the softmax "
+                "over a single expert is always 1, so its router would learn nothing"
+            )
         if not 0 < self.expert_capacity <= 1:
             raise ValueError(f"expert_capacity is a fraction in (0, 1], got {self.expert_capacity:g}")
-        if self.selection != "learned" or self.causal_method != "predictor":
-            raise ValueError("with experts, selection must be learned and causal_method predictor")
-
-    def expert_capacity_in_tokens(self, T):
-        """How many of T tokens each expert takes under top-k, at least one."""
-        return max(1, math.floor(self.expert_capacity * T + 1e-9))
-
-    def routed_block_flops(self, T, taken=None):
-        """taken, of a batch of one: (the tokens that come to the experts, those of the busiest one); None: top-k."""
-        C, h, E = self.n_embd, self.predictor_hidden, self.n_expert
-        if taken is None:
-            n = self.capacity_in_tokens(T) if self.staged else T
-            taken = n, self.expert_capacity_in_tokens(n)
-        n, at_each = taken
-        around = 8 * n * C * C + 4 * n * n * C + (self.decision_flops(T) if self.staged else 0)
-        decision = 2 * n * C * (E + self.n_noop) + 2 * n * (C * h + h * E)
-        return around + decision + 16 * E * at_each * C * C
+        if self.variant or self.causal_method != "predictor":
+            raise ValueError("with experts, causal_method must be predictor and variant empty")
 
 
 class Experts(nn.Module):
@@ -60,7 +48,7 @@ class Experts(nn.Module):
         E, C = config.n_expert, config.n_embd
         self.c_fc = nn.Parameter(torch.empty(E, C, 4 * C))
         self.c_proj = nn.Parameter(torch.empty(E, 4 * C, C))
-        # Vectors, as all biases: weight decay is for what has more dimensions.
+        # Biases are stored as vectors, because weight decay applies to everything with more dimensions.
         self.c_fc_bias = nn.Parameter(torch.zeros(E * 4 * C)) if config.bias else None
         self.c_proj_bias = nn.Parameter(torch.zeros(E * C)) if config.bias else None
         self.dropout = nn.Dropout(config.dropout)
@@ -76,26 +64,32 @@ class Experts(nn.Module):
             return torch.bmm(x, weight)
         return torch.baddbmm(bias.view(len(weight), 1, weight.size(-1)), x, weight)
 
+    def flops(self, n):
+        return 2 * n * (self.c_fc.numel() + self.c_proj.numel())
+
 
 class Mixture(nn.Module):
     """
-    A mixture of experts in place of an MLP.
+    A mixture of experts in place of an MLP:
 
-        p_i = softmax(W x_i) over experts, no-ops included: never over tokens, so that a weight cannot see the future
-        y_i = sum over the real experts e that take token i of p_ie MLP_e(x_i)
+        p_i = softmax(W x_i) over experts and no-ops, never over tokens, so that a weight cannot depend on later ones
+        y_i = the sum of p_ie MLP_e(x_i) over the real experts e that take token i
 
-    Expert choice, as in MoD: each real expert takes the k tokens of the sequence with its largest p_e. A token may be
-    taken by several experts or by none; then y_i = 0 and it stays what it was on the residual stream. A no-op changes
-    which tokens are taken, not how many: what a token gives to it, the real experts do not see.
+    Expert choice, as in MoD: each real expert takes the k tokens of the sequence with its largest p_e. Several experts
+    may take a token, or none; then y_i = 0. A no-op changes which tokens are taken, not how many: it lowers the
+    probability that is left for the real experts.
 
-    Without the future, expert e takes the tokens whose e-th logit is positive, as in RoutedBlock: a predictor behind a
-    stop-gradient learns to foretell top-k; the weight stays p. After a pass `taken` and `logits` are (B, T, E).
+    Causally, expert e takes the tokens whose logit e is positive, as in RoutedBlock. A predictor behind a stop-gradient
+    learns to predict top-k. The weight is still p. Each pass leaves `taken` and `logits` (B, T, E).
     """
+
+    has_routing_loss = True
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.routing = "topk"  # the block's, which sets it: mod.py calls an MLP with x alone
+        self.capacity = config.expert_capacity
+        self.n_expert = config.n_expert
+        self.routing = "topk"  # set by the block, which passes an MLP nothing but x
         self.taken = self.logits = None
         self.router = nn.Linear(config.n_embd, config.n_expert + config.n_noop, bias=False)
         self.predictor = nn.Sequential(
@@ -106,30 +100,30 @@ class Mixture(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, x):
-        B, T, C = x.shape
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # as in RoutedBlock
-            p = self.router(x).softmax(dim=-1)[..., : self.config.n_expert]  # (B, T, E): the no-ops have had their part
-            self.logits = self.predictor(x.detach())  # (B, T, E)
+        C = x.size(-1)
+        with no_autocast(x):  # as in RoutedBlock
+            z = x.to(self.router.weight.dtype)
+            p = self.router(z).softmax(dim=-1)[..., : self.n_expert]  # (B, T, E): without the no-ops' share
+            self.logits = self.predictor(z.detach())  # (B, T, E)
         picked, weight = self.pick_topk(p) if self.routing == "topk" else self.pick_causal(p)  # (E, n) each
-        tokens = x.flatten(0, 1)  # (B * T, C)
-        update = weight.unsqueeze(-1) * self.experts(tokens[picked])  # (E, n, C)
-        y = torch.zeros_like(tokens, dtype=update.dtype).index_add(0, picked.flatten(), update.flatten(0, 1))
-        return y.view(B, T, C)
+        tokens, index = x.flatten(0, 1), picked.flatten()  # (B * T, C), (E * n,)
+        update = weight.unsqueeze(-1) * self.experts(tokens.index_select(0, index).view(*picked.shape, C))  # (E, n, C)
+        return torch.zeros_like(tokens).index_add(0, index, update.flatten(0, 1).to(x.dtype)).view_as(x)
 
     def pick_topk(self, p):
-        """For each expert the k tokens of each row with its largest p, as places in the flattened batch; their p."""
+        """For each expert the k tokens per row with its largest p: their places in the flattened batch, and their p."""
         B, T, E = p.shape
-        k = self.config.expert_capacity_in_tokens(T)
+        k = capacity_in_tokens(self.capacity, T)
         picked = p.topk(k, dim=1).indices  # (B, k, E), in any order: an MLP treats each token alone
         self.taken = torch.zeros_like(p, dtype=torch.bool).scatter(1, picked, True)  # (B, T, E)
-        row = torch.arange(B, device=p.device)[:, None, None] * T
-        return (picked + row).flatten(0, 1).T, p.gather(1, picked).flatten(0, 1).T  # (E, B * k)
+        first = torch.arange(0, B * T, T, device=p.device)[:, None, None]
+        return (picked + first).flatten(0, 1).T, p.gather(1, picked).flatten(0, 1).T  # (E, B * k)
 
     def pick_causal(self, p):
         """
-        For each expert the tokens with a positive logit, and their p; (E, n), n the tokens of the busiest expert.
+        For each expert the tokens with positive logits, and their p: (E, n) each, n for the busiest expert.
 
-        The others are padded, by weight 0: simple, but all experts compute when one of them takes a token.
+        The other experts are filled up with tokens of weight 0. This is simple, but all compute when one does.
         """
         self.taken = self.logits > 0  # (B, T, E)
         taken = self.taken.flatten(0, 1)  # (B * T, E)
@@ -137,21 +131,33 @@ class Mixture(nn.Module):
         picked = (~taken).int().argsort(dim=0, stable=True)[:n]  # (n, E)
         return picked.T, p.flatten(0, 1).masked_fill(~taken, 0.0).gather(0, picked).T
 
+    def flops(self, T, taken=None):
+        """taken: the number of tokens of the busiest expert; None: top-k."""
+        n = capacity_in_tokens(self.capacity, T) if taken is None else taken
+        return linear_flops(self.router, T) + linear_flops(self.predictor, T) + self.experts.flops(n)
+
     def __getstate__(self):
-        return {**self.__dict__, "taken": None, "logits": None}
+        return {**self.__dict__, "taken": None, "logits": None}  # as in RoutedBlock
 
 
 class WithExperts:
-    """What makes a block of mod.py one with a mixture of experts."""
+    """Turns a block of mod.py into one with a mixture of experts."""
 
     def __init__(self, config, *layer):
         super().__init__(config, *layer)
         self.mlp = Mixture(config)
 
-    def forward(self, x, routing="topk", past=None):
+    def forward(self, x, positions, routing="topk", cache=None):
         self.mlp.routing = routing
-        self.mlp.taken = self.mlp.logits = None  # a staged block that takes no token does not come to its experts
-        return super().forward(x, routing, past)
+        self.mlp.taken = self.mlp.logits = None  # a staged block that takes no token never calls its experts
+        return super().forward(x, positions, routing, cache)
+
+    def flops(self, T, taken=None):
+        """taken: a pair, the tokens that reach the experts and those of the busiest expert; None: top-k."""
+        if taken is None:
+            return super().flops(T)
+        n, at_busiest = taken
+        return super().flops(T, n) - self.mlp.flops(n) + self.mlp.flops(n, at_busiest)
 
 
 class MixtureBlock(WithExperts, Block):
@@ -159,27 +165,34 @@ class MixtureBlock(WithExperts, Block):
 
     @property
     def taken(self):
-        """(B, T): by any expert. Attention is for all."""
+        """(B, T): the tokens that any expert took. Attention is for all."""
         return None if self.mlp.taken is None else self.mlp.taken.any(dim=-1)
 
 
 class StagedBlock(WithExperts, RoutedBlock):
-    """Staged MoDE: only the tokens that the block takes come to attention and to the experts."""
+    """Staged MoDE: only the tokens that the block takes reach attention and the experts."""
 
 
 class MoDE(GPT):
-    """The GPT of mod.py with experts in each block that its config would route."""
+    """The GPT of mod.py with experts in each block that its config routes."""
 
     def make_block(self, layer):
         if not self.config.is_routed(layer):
             return Block(self.config)
         return StagedBlock(self.config, layer) if self.config.staged else MixtureBlock(self.config)
 
-    @property
-    def deciders(self):
-        return [module for module in self.modules() if isinstance(module, (RoutedBlock, Mixture))]
+
+def build(config):
+    """The model that a GPTConfig or MoDEConfig describes, with random weights."""
+    return MoDE(config) if isinstance(config, MoDEConfig) else GPT(config)
 
 
-def kind_of(options):
-    """The config class and the model class for a dict of options: those of mod.py where no experts are asked for."""
-    return (MoDEConfig, MoDE) if options.get("n_expert") else (GPTConfig, GPT)
+def config_class(options):
+    """MoDEConfig if a dict of options asks for experts, otherwise GPTConfig."""
+    return MoDEConfig if options.get("n_expert") else GPTConfig
+
+
+def forward_flops(config, T, taken=None):
+    """`flops` of the model that a config describes, without allocating its weights."""
+    with torch.device("meta"):
+        return build(config).flops(T, taken)

@@ -64,7 +64,7 @@ def group_by_setting(runs):
     for run in runs:
         not_in_key = {"seed", "out_dir", "dataset"}
         if not run["config"]["route_every"]:  # these do nothing in a dense model
-            not_in_key |= {"capacity", "selection", "causal_method", "predictor_hidden", "aux_weight"}
+            not_in_key |= {"capacity", "variant", "causal_method", "predictor_hidden", "aux_weight"}
             not_in_key |= {"n_expert", "n_noop", "staged"}
         experts = run["config"]["route_every"] and run["config"].get("n_expert")
         not_in_key |= {"expert_capacity"} if not experts else set() if run["config"]["staged"] else {"capacity"}

@@ -13,29 +13,31 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from mod import KVCache
+from cache import KVCache, set_dtype, stream
 from support import checkpoint, depth
 from support.data import tokenizer_of
-from support.options import UserError, errors_in_one_line, load, option, pick_device
+from support.options import UserError, at_least, errors_in_one_line, load, pick_device, pick_dtype
 
 
 @dataclass
 class SampleConfig:
-    out_dir: str = option("out-shakespeare-mod", "folder of the run; its best checkpoint is used")
-    start: str = option("", "the text to continue, or FILE:path of a file that holds it; empty: a new line")
-    num_samples: int = option(1, "how many continuations; the first is printed as it comes")
-    max_new_tokens: int = option(500, "length of each continuation in tokens")
-    temperature: float = option(0.8, "below 1 safer, above 1 wilder; 0: always the likeliest token")
-    top_k: int = option(0, "sample among the top_k likeliest tokens only; 0: all. Nothing to do with routing")
-    top_p: float = option(1.0, "sample among the fewest likeliest tokens that have this probability together")
-    seed: int = option(1337, "the same seed gives the same text")
-    show_depth: bool = option(False, "colour each token by how many routed blocks processed it")
-    depth_svg: str = option("", "the same as a picture: a .svg file of the first sample")
-    routing_map: str = option("", "which routed block processed which token of the first sample: .png, .svg, .pdf")
-    device: str = option("auto", "auto (the best there is), cpu, cuda, mps, ...")
+    out_dir: str = "out-shakespeare-mod"  # folder of the run; its best checkpoint is used
+    start: str = ""  # the text to continue, or FILE:path of a file that holds it; empty: a new line
+    num_samples: int = 1  # how many continuations; the first is printed as it comes
+    max_new_tokens: int = 500  # length of each continuation in tokens
+    temperature: float = 0.8  # below 1 safer, above 1 wilder; 0: always the likeliest token
+    top_k: int = 0  # sample among the top_k likeliest tokens only; 0: all. Nothing to do with routing
+    top_p: float = 1.0  # sample among the fewest likeliest tokens that have this probability together
+    seed: int = 1337  # the same seed gives the same text
+    show_depth: bool = False  # colour each token by how many routed blocks processed it
+    depth_svg: str = ""  # the same as a picture: a .svg file of the first sample
+    routing_map: str = ""  # which routed block processed which token of the first sample: .png, .svg, .pdf
+    device: str = "auto"  # auto (the best available), cpu, cuda, mps, ...
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 if the GPU has it
 
 
 def main(argv=None):
@@ -54,7 +56,9 @@ def sample(config):
     """Print the samples, the first as it comes; returns the texts, prompt included, a list of num_samples strings."""
     pictures = {name: Path(getattr(config, name)) for name in ("depth_svg", "routing_map") if getattr(config, name)}
     check(config, pictures)
-    model, info = checkpoint.load(Path(config.out_dir), "best", pick_device(config.device))
+    device = pick_device(config.device)
+    model, info = checkpoint.load(Path(config.out_dir), "best", device)
+    set_dtype(model, getattr(torch, pick_dtype(config.dtype, device)))
     tokenizer = tokenizer_of(info["data"])
     layers = [layer for layer in range(model.config.n_layer) if model.config.is_routed(layer)]
     if not layers and (config.show_depth or pictures):
@@ -102,9 +106,9 @@ def follow(model, prompt, tokenizer, config, printer):
     # One token more than asked for, and printing is one step behind: what the blocks decide about a token is known when
     # they have read it.
     options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    stream = model.stream([prompt] * config.num_samples, config.max_new_tokens + 1, **options, cache=cache)
+    new_tokens = stream(model, [prompt] * config.num_samples, config.max_new_tokens + 1, cache, **options)
     clock = time.perf_counter()
-    for i, tokens in enumerate(stream):
+    for i, tokens in enumerate(new_tokens):
         tokens = tokens.tolist()  # waits for the device
         if i > 0:
             seconds += time.perf_counter() - clock
@@ -124,9 +128,8 @@ def follow(model, prompt, tokenizer, config, printer):
 
 
 def check(config, pictures):
-    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        if not least <= getattr(config, name) < 2**63:
-            raise UserError(f"{name} must be a finite number, at least {least}; got {getattr(config, name)}")
+    at_least(1, config, "num_samples max_new_tokens")
+    at_least(0, config, "temperature top_k seed")
     if not 0 < config.top_p <= 1:
         raise UserError(f"top_p is a probability in (0, 1], got {config.top_p}")
     endings = {"depth_svg": (".svg",), "routing_map": (".png", ".svg", ".pdf")}

@@ -12,34 +12,34 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import mod
-from mod import GPT, Block, GPTConfig, forward_flops, pick_token
-from mode import kind_of
+import cache as kv
+from cache import KVCache, generate, prefill, set_dtype, step, stream
+from mod import GPT, Block, CausalSelfAttention, GPTConfig, capacity_in_tokens, pick_token
+from mode import build, config_class, forward_flops
 from train import TrainConfig, configure_optimizer
+from variants import VARIANTS
 
 torch.set_num_threads(1)  # for sizes this small more threads only wait for each other
 TINY = dict(block_size=32, vocab_size=23, n_layer=4, n_head=2, n_embd=16, capacity=0.25, predictor_hidden=8)
 KINDS = [
-    dict(selection="learned", causal_method="predictor"),
-    dict(selection="learned", causal_method="router"),
-    dict(selection="stochastic"),
-    dict(selection="position"),
+    dict(causal_method="predictor"),
+    dict(causal_method="router"),
+    dict(variant="stochastic"),
+    dict(variant="position"),
 ]
+CONTROLS = ("stochastic", "position")
 kinds = pytest.mark.parametrize("kind", KINDS, ids=["predictor", "router", "stochastic", "position"])
 # With experts (mode.py): what holds for every model, not for equation (1) alone. The others are in test_mode.py.
 EXPERTS = [dict(n_expert=3), dict(n_expert=3, staged=True), dict(n_expert=2, n_noop=2, expert_capacity=0.125)]
 all_kinds = pytest.mark.parametrize(
-    "kind",
-    KINDS + EXPERTS,
-    ids=["predictor", "router", "stochastic", "position", "moe", "staged", "integrated"],
+    "kind", KINDS + EXPERTS, ids=["predictor", "router", "stochastic", "position", "moe", "staged", "integrated"]
 )
 
 
 def make(seed=0, **changes):
     """A tiny model in float64, its weights large enough that every decision and every update matters."""
     torch.manual_seed(seed)
-    config, kind = kind_of(changes)
-    model = kind(config(**{**TINY, **changes})).double().eval()
+    model = build(config_class(changes)(**{**TINY, **changes})).double().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() >= 2:
@@ -57,18 +57,28 @@ def inputs(B=3, T=32, C=16, seed=2):
     return torch.randn(B, T, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def places(x):
+    """Positions (B, T) of sequences that start at 0."""
+    return torch.arange(x.size(1)).expand(x.shape[:2])
+
+
+def run(block, x, routing="topk"):
+    return block(x, places(x), routing)
+
+
 # An independent reference: plain loops, written from the paper and from GPT-2, sharing nothing with mod.py.
 
 
-def reference_attention(x, p, n_head):
-    """x (n, C): one sequence; each token attends to itself and those before it in x."""
+def reference_attention(x, p, n_head, turn=None):
+    """x (n, C): one sequence; each token attends to itself and those before it in x. turn(q or k) of one head."""
     n, C = x.shape
     hs = C // n_head
     q, k, v = (x @ p["attn.c_attn.weight"].T + p["attn.c_attn.bias"]).split(C, dim=1)
     heads = []
     for h in range(n_head):
         part = slice(h * hs, (h + 1) * hs)
-        scores = q[:, part] @ k[:, part].T / math.sqrt(hs)
+        q_h, k_h = (turn(q[:, part]), turn(k[:, part])) if turn else (q[:, part], k[:, part])
+        scores = q_h @ k_h.T / math.sqrt(hs)
         scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -math.inf)
         heads.append(scores.softmax(dim=1) @ v[:, part])
     return torch.cat(heads, dim=1) @ p["attn.c_proj.weight"].T + p["attn.c_proj.bias"]
@@ -79,17 +89,17 @@ def reference_norm(x, weight, bias):
     return centred / (centred.pow(2).mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
 
-def reference_update(x, p, n_head):
+def reference_update(x, p, n_head, turn=None):
     """What GPT-2's block adds to x (n, C)."""
-    a = reference_attention(reference_norm(x, p["ln_1.weight"], p["ln_1.bias"]), p, n_head)
+    a = reference_attention(reference_norm(x, p["ln_1.weight"], p["ln_1.bias"]), p, n_head, turn)
     u = reference_norm(x + a, p["ln_2.weight"], p["ln_2.bias"]) @ p["mlp.c_fc.weight"].T + p["mlp.c_fc.bias"]
     gelu = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
     return a + gelu @ p["mlp.c_proj.weight"].T + p["mlp.c_proj.bias"]
 
 
-def reference_equation_1(x, chosen, p, n_head):
+def reference_equation_1(x, chosen, p, n_head, turn=None):
     """Equation (1) for one sequence x (T, C); chosen: the picked positions, ascending."""
-    f = reference_update(torch.stack([x[i] for i in chosen]), p, n_head) if chosen else None
+    f = reference_update(torch.stack([x[i] for i in chosen]), p, n_head, turn) if chosen else None
     rows = []
     for i in range(len(x)):
         r = sum(p["router.weight"][0, c] * x[i, c] for c in range(x.size(1)))
@@ -102,17 +112,42 @@ def largest(values, k):
     return sorted(sorted(range(len(values)), key=lambda i: -values[i])[:k])
 
 
-def reference_gpt(model, idx):
-    """GPT-2's forward pass (B, T, vocab_size) for a model without routed blocks."""
+def reference_chosen(x, block, routing):
+    """The positions that a routed block takes of x (T, C)."""
+    if routing == "topk":
+        k = max(1, math.floor(block.capacity * len(x) + 1e-9))
+        return largest([(block.router.weight[0] @ token).item() for token in x], k)
+    return [i for i, token in enumerate(x) if block.predictor(token).item() > 0]
+
+
+def reference_gpt(model, idx, routing="topk", turned=None):
+    """The whole forward pass (B, T, vocab_size). turned(v, place): how attention turns a query or key at this place."""
     p = dict(model.named_parameters())
     out = []
     for row in idx:
         x = torch.stack([p["transformer.wte.weight"][t] + p["transformer.wpe.weight"][i] for i, t in enumerate(row)])
         for block in model.transformer.h:
-            x = x + reference_update(x, dict(block.named_parameters()), model.config.n_head)
+            chosen = list(range(len(x))) if type(block) is Block else reference_chosen(x, block, routing)
+
+            def turn(vectors, chosen=chosen):
+                return torch.stack([turned(v, place) for v, place in zip(vectors, chosen)])
+
+            weights = dict(block.named_parameters())
+            arguments = weights, model.config.n_head, turn if turned else None
+            if type(block) is Block:
+                x = x + reference_update(x, *arguments)
+            else:
+                x = reference_equation_1(x, chosen, *arguments)
         x = reference_norm(x, p["transformer.ln_f.weight"], p["transformer.ln_f.bias"])
         out.append(x @ p["transformer.wte.weight"].T)
     return torch.stack(out)
+
+
+def bias_decisions(model, amount):
+    """Make the predictors take more tokens, or fewer for a negative amount."""
+    for module in model.routing_modules:
+        if module.predictor is not None:
+            module.predictor[-1].bias.data += amount
 
 
 def close(a, b, tolerance=1e-10):
@@ -128,20 +163,71 @@ def test_without_routed_blocks_it_is_a_plain_gpt():
         assert close(model(tokens(), routing=routing)[0], reference_gpt(model, tokens()))
 
 
+@pytest.mark.parametrize("routing", ["topk", "causal"])
+def test_a_mod_gpt_is_its_blocks_written_out(routing):
+    model, idx = make(), tokens(B=2, T=20)
+    assert close(model(idx, routing=routing)[0], reference_gpt(model, idx, routing))
+
+
+class RotaryAttention(CausalSelfAttention):
+    """Turns each query and key by its position: the smallest model in which attention must know the positions."""
+
+    def forward(self, x, positions, cache=None):
+        B, T, C = x.shape
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
+        angle = positions[:, None, :, None].double()  # (B, 1, T, 1)
+        q, k = (torch.cat((z[..., :-2], rotate(z[..., -2:], angle)), dim=-1) for z in (q, k))
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.append(k, v)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def rotate(pair, angle):
+    a, b = pair[..., :1], pair[..., 1:]
+    return torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), dim=-1)
+
+
+def make_rotary():
+    model = make()
+    for block in model.transformer.h:
+        block.attn.__class__ = RotaryAttention
+    return model
+
+
+@pytest.mark.parametrize("routing", ["topk", "causal"])
+def test_in_attention_a_picked_token_has_its_place_in_the_text(routing):
+    """Not its place among the picked ones, 0 to k - 1: no test of causality would see the difference."""
+    model, idx = make_rotary(), tokens(B=2, T=20)
+
+    def turned(vector, place):
+        return torch.cat((vector[:-2], rotate(vector[-2:], torch.tensor([float(place)], dtype=torch.float64))))
+
+    expected = reference_gpt(model, idx, routing, turned)
+    assert close(model(idx, routing=routing)[0], expected)
+    assert not close(make()(idx, routing=routing)[0], expected)  # the turn matters
+
+
+def test_with_a_cache_too_a_token_has_its_place_in_the_text():
+    model, idx = make_rotary(), tokens(B=2, T=20)
+    cache = KVCache(model.config, 2)
+    logits = [prefill(model, cache, [idx[0, :9].tolist(), idx[1, :5].tolist()])]
+    logits += [step(model, cache, torch.stack((idx[0, 9 + i], idx[1, 5 + i]))) for i in range(11)]
+    for row, first in ((0, 9), (1, 5)):
+        expected = model(idx[[row]], routing="causal")[0][0, first - 1 : first + 11]
+        assert close(torch.stack([step_logits[row] for step_logits in logits]), expected)
+
+
 def test_blocks_1_3_5_are_routed_and_block_0_is_not():
     routed = {every: [make(n_layer=6, route_every=every).config.is_routed(i) for i in range(6)] for every in range(4)}
-    assert routed == {
-        0: [False] * 6,
-        1: [True] * 6,
-        2: [False, True] * 3,
-        3: [False, False, True] * 2,
-    }
+    assert routed == {0: [False] * 6, 1: [True] * 6, 2: [False, True] * 3, 3: [False, False, True] * 2}
     assert [type(b) is Block for b in make().transformer.h] == [True, False, True, False]
 
 
 def test_an_update_is_what_an_ordinary_block_adds():
     x, block = inputs(), make().transformer.h[1]
-    assert close(Block.forward(block, x), x + block.update(x))
+    assert close(Block.forward(block, x, places(x)), x + block.update(x, places(x)))
 
 
 # The routed block
@@ -153,7 +239,7 @@ def test_a_routed_block_is_equation_1_gradients_included():
     chosen = [largest((row @ p["router.weight"][0]).tolist(), 8) for row in x]
     assert all(picked != list(range(picked[0], picked[0] + 8)) for picked in chosen)  # scattered: order matters
     expected = torch.stack([reference_equation_1(x[b], chosen[b], p, n_head=2) for b in range(3)])
-    out = block(x)
+    out = run(block, x)
     assert close(out, expected)
     assert [row.nonzero().flatten().tolist() for row in block.taken] == chosen
 
@@ -171,17 +257,18 @@ def test_a_routed_block_is_equation_1_gradients_included():
 @pytest.mark.parametrize("routing", ["topk", "causal"])
 def test_a_pass_is_equation_1_over_exactly_the_tokens_taken_and_its_gate_is_the_router(kind, routing, bias):
     block, x = make(bias=bias, **kind).transformer.h[1], inputs(B=4)
-    out = block(x, routing)
+    x[1], x[2] = (x[0], x[0, 0])  # two equal rows, and one that is the same token over and over: it takes all or none
+    out = run(block, x, routing)
     chosen = [row.nonzero().flatten().tolist() for row in block.taken]
-    if kind["selection"] == "learned" and routing == "causal":
-        assert len({len(picked) for picked in chosen}) > 1  # a ragged batch
+    if kind.get("variant") not in CONTROLS and routing == "causal":
+        assert len(chosen[0]) == len(chosen[1]) and len(chosen[2]) in (0, 32) and 0 < len(chosen[0]) < 32  # ragged
     p = collections.defaultdict(float, block.named_parameters())  # a bias that is not there is 0
     assert close(out, torch.stack([reference_equation_1(x[b], chosen[b], p, n_head=2) for b in range(4)]))
 
 
 def test_the_predictor_decides_by_its_own_input_token_by_token():
     block, x = make().transformer.h[1], inputs()
-    block(x, "causal")
+    run(block, x, "causal")
     by_itself = torch.tensor([[block.predictor(token).item() > 0 for token in row] for row in x])
     assert torch.equal(block.taken, by_itself)
     assert 0 < block.taken.sum() < block.taken.numel()
@@ -189,19 +276,12 @@ def test_the_predictor_decides_by_its_own_input_token_by_token():
 
 def test_with_the_router_as_causal_method_a_token_enters_when_its_weight_is_positive():
     block, x = make(causal_method="router").transformer.h[1], inputs()
-    block(x, "causal")
+    run(block, x, "causal")
     assert torch.equal(block.taken, x @ block.router.weight[0] > 0)
 
 
-class Ones(torch.nn.Module):
-    def forward(self, x):
-        return torch.ones_like(x[..., :1])
-
-
 def test_capacity_1_with_the_gate_held_at_1_is_the_dense_model():
-    model = make(capacity=1.0)
-    for block in model.routed_blocks:
-        block.router = Ones()
+    model = make(capacity=1.0, variant="no_gate")
     dense = GPT(dataclasses.replace(model.config, route_every=0)).double().eval()
     dense.load_state_dict(model.state_dict(), strict=False)
     assert close(model(tokens())[0], dense(tokens())[0])
@@ -211,14 +291,14 @@ def test_with_an_update_of_zero_a_routed_block_is_the_identity():
     block, x = make().transformer.h[1], inputs()
     for p in (*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()):
         torch.nn.init.zeros_(p)
-    assert torch.equal(block(x), x)
-    assert torch.equal(block(x, "causal"), x)
+    assert torch.equal(run(block, x), x)
+    assert torch.equal(run(block, x, "causal"), x)
 
 
 @pytest.mark.parametrize("routing", ["topk", "causal"])
 def test_a_token_that_is_not_taken_is_unchanged_bit_for_bit(routing):
     block, x = make().transformer.h[1], inputs()
-    out = block(x, routing)
+    out = run(block, x, routing)
     assert torch.equal(out[~block.taken], x[~block.taken])
     assert (out[block.taken] != x[block.taken]).any(dim=1).all()
 
@@ -226,16 +306,38 @@ def test_a_token_that_is_not_taken_is_unchanged_bit_for_bit(routing):
 def test_no_token_taken_is_the_identity_and_all_taken_is_no_cap():
     block, x = make().transformer.h[1], inputs()
     block.predictor[-1].bias.data.fill_(-1e6)
-    assert torch.equal(block(x, "causal"), x) and not block.taken.any()
+    assert torch.equal(run(block, x, "causal"), x) and not block.taken.any()
     block.predictor[-1].bias.data.fill_(1e6)
-    assert close(block(x, "causal"), x + block.router(x) * block.update(x)) and block.taken.all()
+    assert close(run(block, x, "causal"), x + block.router(x) * block.update(x, places(x))) and block.taken.all()
 
 
 def test_a_row_that_takes_nothing_beside_one_that_does():
     block, x = make(causal_method="router").transformer.h[1], inputs(B=2)
     x[0] = -block.router.weight[0]  # w . x < 0 for each token of row 0
-    out = block(x, "causal")
-    assert torch.equal(out[0], x[0]) and close(out[1:], block(x[1:], "causal"))
+    out = run(block, x, "causal")
+    assert torch.equal(out[0], x[0]) and close(out[1:], run(block, x[1:], "causal"))
+
+
+HOSTILE_GATES = {
+    "1": torch.ones_like,
+    "sigmoid": torch.sigmoid,
+    "exp": torch.exp,
+    "1e3": lambda r: torch.full_like(r, 1e3),
+    "1/r": lambda r: 1 / r,
+}
+
+
+@pytest.mark.parametrize("gate", HOSTILE_GATES.values(), ids=HOSTILE_GATES)
+def test_the_padding_of_a_ragged_batch_is_harmless_under_any_gate(gate):
+    model, idx = make(route_every=1), tokens(B=4)
+    for block in model.routed_blocks:
+        block.gate = gate
+    together = model(idx, routing="causal")[0]
+    counts = [block.taken.sum(dim=1).tolist() for block in model.routed_blocks]
+    assert any(len(set(count)) > 1 for count in counts)  # there is padding
+    assert torch.allclose(together, torch.cat([model(row[None], routing="causal")[0] for row in idx]), atol=1e-9)
+    cached = torch.stack(list(stream(model, idx[:, :8], 12, temperature=0)), dim=1)
+    assert torch.equal(cached, model.generate(idx[:, :8], 12, temperature=0)[:, 8:])
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 7, 8, 31, 32])
@@ -244,22 +346,22 @@ def test_a_row_that_takes_nothing_beside_one_that_does():
 def test_exactly_k_tokens_per_row(kind, capacity, T):
     block = make(capacity=capacity, **kind).transformer.h[1]
     k = max(1, math.floor(capacity * T + 1e-9))
-    block(inputs(T=T))
+    run(block, inputs(T=T))
     assert block.taken.sum(dim=1).tolist() == [k, k, k]
-    block(torch.ones(3, T, 16, dtype=torch.float64))  # equal scores for all tokens
+    run(block, torch.ones(3, T, 16, dtype=torch.float64))  # equal scores for all tokens
     assert block.taken.sum(dim=1).tolist() == [k, k, k]
 
 
 def test_k_is_not_lost_to_rounding():
     for percent in range(1, 101):
-        assert GPTConfig(capacity=percent / 100).capacity_in_tokens(100) == percent
+        assert capacity_in_tokens(percent / 100, 100) == percent
 
 
 def test_a_nan_in_one_row_stays_in_that_row():
     block, x = make().transformer.h[1], inputs()
     x[0, 5] = math.nan
     for routing in ("topk", "causal"):
-        assert close(block(x, routing)[1:], block(x[1:], routing))
+        assert close(run(block, x, routing)[1:], run(block, x[1:], routing))
 
 
 @all_kinds
@@ -267,39 +369,6 @@ def test_a_row_does_not_depend_on_the_other_rows(kind):
     model, idx = make(**kind), tokens(B=4)
     together = model(idx, routing="causal")[0]
     assert close(together, torch.cat([model(row[None], routing="causal")[0] for row in idx]))
-
-
-def test_the_position_control_is_one_comb_under_both_routings():
-    block = make(selection="position", capacity=0.125).transformer.h[1]
-    for routing in ("topk", "causal"):
-        block(inputs(), routing)
-        assert block.taken.nonzero()[:, 1].tolist() == [7, 15, 23, 31] * 3
-    for percent in range(1, 101):
-        block = make(selection="position", capacity=percent / 100, block_size=100).transformer.h[1]
-        for T in (1, 7, 50, 100):
-            taken = {}
-            for routing in ("topk", "causal"):
-                block(inputs(B=1, T=T), routing)
-                taken[routing] = block.taken[0].nonzero().flatten().tolist()
-            if percent * T >= 100:
-                assert taken["topk"] == taken["causal"]
-            else:
-                assert taken == {"topk": [0], "causal": []}
-
-
-def test_the_stochastic_control_ignores_the_router_and_keeps_its_density():
-    block = make(selection="stochastic", capacity=0.25, block_size=4000).transformer.h[1]
-    x = inputs(B=1, T=4000)
-    block(x)
-    first = block.taken
-    block(x)
-    assert not torch.equal(first, block.taken)  # new noise in every pass
-    chance = (first & block.taken).sum() / 1000
-    assert 0.2 < chance < 0.3
-    block(x, "causal")
-    assert 0.22 < block.taken.double().mean() < 0.28
-    one, other = make(selection="stochastic").routed_blocks
-    assert not torch.equal(one.rule, other.rule)
 
 
 def test_the_block_computes_a_batch_at_once():
@@ -316,10 +385,10 @@ def test_routing_stays_in_float32_under_autocast():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**TINY))
     block, x = model.transformer.h[1], inputs().float()
-    block(x)
+    run(block, x)
     expected = block.taken
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        block(x)
+        run(block, x)
     assert block.logits.dtype == torch.float32
     assert torch.equal(block.taken, expected)
 
@@ -353,8 +422,10 @@ def test_under_topk_a_later_token_can_change_an_earlier_output():
 def test_the_gate_is_the_raw_router_weight_and_does_not_depend_on_other_tokens():
     block, x = make(capacity=1.0).transformer.h[1], inputs()
     longer = torch.cat((x, 3 * inputs(T=8, seed=5)), dim=1)
-    assert close(block(x), block(longer)[:, :32])  # a softmax over the sequence would shrink with each token more
-    assert close(block(x), x + (x @ block.router.weight[0]).unsqueeze(-1) * block.update(x))
+    assert close(
+        run(block, x), run(block, longer)[:, :32]
+    )  # a softmax over the sequence would shrink with each token more
+    assert close(run(block, x), x + (x @ block.router.weight[0]).unsqueeze(-1) * block.update(x, places(x)))
 
 
 @all_kinds
@@ -407,22 +478,25 @@ def test_the_auxiliary_loss_is_bce_on_membership_over_all_rows_and_routed_blocks
                 z = block.predictor(x[b, i]).item() if method == "predictor" else r[i]
                 terms.append(math.log1p(math.exp(-z)) if i in chosen else math.log1p(math.exp(z)))
     assert len(terms) == 2 * 3 * 32
-    assert math.isclose(model.aux_loss.item(), sum(terms) / len(terms), abs_tol=1e-10)
+    assert math.isclose(model.routing_loss().item(), sum(terms) / len(terms), abs_tol=1e-10)
 
 
-@pytest.mark.parametrize("kind", [dict(route_every=0), dict(selection="stochastic"), dict(selection="position")])
+@pytest.mark.parametrize("kind", [dict(route_every=0), dict(variant="stochastic"), dict(variant="position")])
 def test_where_nothing_is_learned_the_auxiliary_loss_is_zero(kind):
     model = make(**kind)
     model(tokens(), tokens(seed=9))
-    assert model.aux_loss.item() == 0 and not any("predictor" in name for name, _ in model.named_parameters())
+    assert model.routing_loss().item() == 0 and not any("predictor" in name for name, _ in model.named_parameters())
 
 
-def test_a_causal_pass_leaves_the_auxiliary_loss_alone():
-    model = make()
-    model(tokens(), tokens(seed=9))
-    before = model.aux_loss
-    model(tokens(), tokens(seed=9), routing="causal")
-    assert model.aux_loss is before
+def test_the_routing_loss_is_refused_after_a_causal_pass():
+    """A causal pass leaves its own decisions in `taken`; scored against themselves they would always look right."""
+    model, cache = make(), KVCache(make().config, 1)
+    for causal_pass in (lambda: model(tokens(), routing="causal"), lambda: prefill(model, cache, [[1, 2, 3]])):
+        model(tokens())
+        assert model.routing_loss() > 0
+        causal_pass()
+        with pytest.raises(RuntimeError, match='scores the last pass, which must have routing="topk"'):
+            model.routing_loss()
 
 
 def test_the_router_gets_a_gradient_from_the_language_model_loss():
@@ -437,7 +511,7 @@ def test_the_router_gets_a_gradient_from_the_language_model_loss():
 def test_the_auxiliary_loss_reaches_the_predictor_and_nothing_else():
     model = make()
     model(tokens(), tokens(seed=9))
-    model.aux_loss.backward()
+    model.routing_loss().backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == {name for name, _ in model.named_parameters() if "predictor" in name} != set()
 
@@ -445,7 +519,7 @@ def test_the_auxiliary_loss_reaches_the_predictor_and_nothing_else():
 def test_with_the_router_as_causal_method_the_auxiliary_loss_reaches_the_router():
     model = make(causal_method="router")
     model(tokens(), tokens(seed=9))
-    model.aux_loss.backward()
+    model.routing_loss().backward()
     assert all(block.router.weight.grad.abs().max() > 0 for block in model.routed_blocks)
     assert model.transformer.wte.weight.grad.abs().max() > 0  # there is no stop-gradient: the method's cost
 
@@ -460,8 +534,8 @@ def test_a_training_pass_compiles_without_a_graph_break(kind):
             model.compile(backend="aot_eager", fullgraph=True)
         torch.manual_seed(0)
         _, loss = model(tokens(), tokens(seed=9))
-        (loss + model.aux_loss).backward()
-        results.append([loss.detach(), model.aux_loss.detach(), *(p.grad for p in model.parameters())])
+        (loss + model.routing_loss()).backward()
+        results.append([loss.detach(), model.routing_loss().detach(), *(p.grad for p in model.parameters())])
     assert all(close(ours, theirs) for ours, theirs in zip(*results))
 
 
@@ -469,20 +543,19 @@ def test_a_model_can_be_copied_after_a_training_pass():
     model = make()
     model(tokens(), tokens(seed=9))
     twin = copy.deepcopy(model)
-    assert twin.aux_loss is None and twin.routed_blocks[0].taken is None
+    assert twin.routed_blocks[0].taken is None and twin.routed_blocks[0].logits is None
     assert torch.equal(twin(tokens())[0], model(tokens())[0])
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *EXPERTS, dict(route_every=0)])
 def test_one_batch_can_be_memorised(kind):
     torch.manual_seed(0)
-    config, kind_of_model = kind_of(kind)
-    model = kind_of_model(config(**{**TINY, "n_embd": 32, **kind}))
+    model = build(config_class(kind)(**{**TINY, "n_embd": 32, **kind}))
     idx, targets = tokens(B=4), tokens(B=4, seed=9)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(150):
         _, loss = model(idx, targets)
-        (loss + model.aux_loss).backward()
+        (loss + model.routing_loss()).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.1
@@ -506,8 +579,8 @@ SHAPES = [
     dict(route_every=1, capacity=0.3, n_embd=24, n_head=3),
     dict(route_every=3, n_layer=7, vocab_size=65, predictor_hidden=5),
     dict(causal_method="router", capacity=0.01),
-    dict(selection="stochastic"),
-    dict(selection="position", capacity=1.0),
+    dict(variant="stochastic"),
+    dict(variant="position", capacity=1.0),
     dict(bias=False, n_layer=2),
     *EXPERTS,
     dict(n_expert=3, n_noop=1, expert_capacity=0.01, staged=True, capacity=0.5),
@@ -524,14 +597,18 @@ def test_the_flop_formula_equals_pytorchs_counter(shape, T):
     assert counter.get_total_flops() == forward_flops(model.config, T)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("taking", [-1e3, 0.0, 1e3], ids=["none", "some", "all"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_flop_formula_equals_the_counter_in_a_causal_pass(shape):
-    model = make(**shape)
+def test_the_flop_formula_equals_the_counter_in_a_causal_pass(shape, taking, seed):
+    model = make(seed=seed, **shape)
+    bias_decisions(model, taking)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens(B=1), routing="causal")
     taken = [int(block.taken.sum()) for block in model.routed_blocks]
     if "n_expert" in shape:  # each expert is given as many tokens as the busiest of the block
-        at_each = [int(block.mlp.taken.sum(dim=(0, 1)).max()) for block in model.routed_blocks]
+        mixtures = [block.mlp for block in model.routed_blocks]
+        at_each = [0 if m.taken is None else int(m.taken.sum(dim=(0, 1)).max()) for m in mixtures]
         taken = [(n if shape.get("staged") else 32, m) for n, m in zip(taken, at_each)]
     assert counter.get_total_flops() == forward_flops(model.config, 32, taken)
 
@@ -557,19 +634,18 @@ def by_hand(model, idx, new, routing):
 @all_kinds
 def test_uncached_generate_is_a_causal_pass_per_token(kind):
     model, prompt = make(**kind), tokens(B=8, T=5)
-    assert torch.equal(model.generate_uncached(prompt, 27, seed=1), by_hand(model, prompt, 27, "causal"))
-    if kind.get("selection", "learned") == "learned":
-        assert not torch.equal(model.generate_uncached(prompt, 27, seed=1), by_hand(model, prompt, 27, "topk"))
+    assert torch.equal(model.generate(prompt, 27, seed=1), by_hand(model, prompt, 27, "causal"))
+    if kind.get("variant") not in CONTROLS:
+        assert not torch.equal(model.generate(prompt, 27, seed=1), by_hand(model, prompt, 27, "topk"))
 
 
 @pytest.mark.parametrize(
-    ("T", "lengths"),
-    [(3, [3, 4, 5, 6, 7, 8, 4, 5, 6, 7, 8, 4]), (20, [4, 5, 6, 7, 8, 4]), (8, [8, 4, 5]), (9, [4, 5])],
+    ("T", "lengths"), [(3, [3, 4, 5, 6, 7, 8, 4, 5, 6, 7, 8, 4]), (20, [4, 5, 6, 7, 8, 4]), (8, [8, 4, 5]), (9, [4, 5])]
 )
 def test_a_full_window_restarts_from_its_last_half(T, lengths):
     model, seen = make(block_size=8), []
     model.transformer.wte.register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    idx = model.generate_uncached(tokens(T=T), len(lengths), seed=1)
+    idx = model.generate(tokens(T=T), len(lengths), seed=1)
     assert [window.size(1) for window in seen] == lengths
     for i, window in enumerate(seen):
         assert torch.equal(window, idx[:, : T + i][:, -lengths[i] :])  # the last tokens so far, in order
@@ -577,12 +653,12 @@ def test_a_full_window_restarts_from_its_last_half(T, lengths):
 
 def test_sampling_follows_seed_and_temperature():
     model, prompt = make(), tokens(B=2, T=5)
-    assert torch.equal(model.generate(prompt, 20, seed=1), model.generate(prompt, 20, seed=1))
-    assert not torch.equal(model.generate(prompt, 20, seed=1), model.generate(prompt, 20, seed=2))
-    greedy = model.generate(prompt, 20, temperature=0)
-    assert torch.equal(model.generate(prompt, 20, top_k=1, seed=1), greedy)
-    assert torch.equal(model.generate(prompt, 20, top_p=1e-6, seed=1), greedy)
-    assert torch.equal(model.generate(prompt, 20, temperature=1e-4, seed=1), greedy)
+    assert torch.equal(generate(model, prompt, 20, seed=1), generate(model, prompt, 20, seed=1))
+    assert not torch.equal(generate(model, prompt, 20, seed=1), generate(model, prompt, 20, seed=2))
+    greedy = generate(model, prompt, 20, temperature=0)
+    assert torch.equal(generate(model, prompt, 20, top_k=1, seed=1), greedy)
+    assert torch.equal(generate(model, prompt, 20, top_p=1e-6, seed=1), greedy)
+    assert torch.equal(generate(model, prompt, 20, temperature=1e-4, seed=1), greedy)
 
 
 @pytest.mark.parametrize(
@@ -610,12 +686,12 @@ def test_top_p_keeps_no_token_more_than_it_needs():
     assert len(pick_token(torch.zeros(1000, 4), top_p=0.5).unique()) == 2  # 0.25 each
 
 
-@pytest.mark.parametrize("method", ["generate", "generate_uncached"])
-def test_generate_leaves_the_training_mode_and_samples_without_dropout_or_gradient(method):
+@pytest.mark.parametrize("sample", [generate, GPT.generate], ids=["cached", "plain"])
+def test_generate_leaves_the_training_mode_and_samples_without_dropout_or_gradient(sample):
     model = make(dropout=0.5).train()
-    text = getattr(model, method)(tokens(B=8, T=5), 10, seed=1)
+    text = sample(model, tokens(B=8, T=5), 10, seed=1)
     assert model.training and not model.routed_blocks[0].logits.requires_grad
-    assert torch.equal(text, getattr(make(), method)(tokens(B=8, T=5), 10, seed=1))
+    assert torch.equal(text, sample(make(), tokens(B=8, T=5), 10, seed=1))
 
 
 # The KV cache
@@ -638,9 +714,7 @@ def test_step_by_step_with_the_cache_equals_a_causal_pass_of_each_row_alone(data
         bias=data.draw(st.booleans(), "bias"),
     )
     taking = data.draw(st.sampled_from([-1e3, 0.0, 1e3]), "none, some or all taken")
-    for decider in model.deciders:
-        if hasattr(decider, "predictor"):
-            decider.predictor[-1].bias.data += taking
+    bias_decisions(model, taking)
     lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4), "lengths of the prompts")
     new = data.draw(st.integers(1, 15), "new tokens")
     chunk = data.draw(st.integers(1, 4), "chunk")
@@ -648,14 +722,14 @@ def test_step_by_step_with_the_cache_equals_a_causal_pass_of_each_row_alone(data
     text = tokens(B=len(lengths), T=20 + new, seed=torch_seed)
     follow = iter(text[:, 20:].T)
 
-    def forced(logits, *options):
+    def forced(logits, **options):
         seen.append(logits)
         return next(follow)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mod, "pick_token", forced)
-        patch.setattr(mod.LayerCache, "CHUNK", chunk)
-        list(model.stream([row[20 - length : 20] for row, length in zip(text, lengths)], new))
+        patch.setattr(kv, "pick_token", forced)
+        patch.setattr(kv.LayerCache, "CHUNK", chunk)
+        list(stream(model, [row[20 - length : 20] for row, length in zip(text, lengths)], new))
     for row, length in enumerate(lengths):
         start = 20 - length
         for i, logits in enumerate(seen):
@@ -668,8 +742,8 @@ def test_step_by_step_with_the_cache_equals_a_causal_pass_of_each_row_alone(data
 @pytest.mark.parametrize("options", [dict(), dict(top_k=5, temperature=0.7), dict(top_p=0.8), dict(temperature=0)])
 def test_cached_and_uncached_generate_give_the_same_tokens(kind, options):
     model, prompt = make(**kind), tokens(B=4, T=5)
-    cached = model.generate(prompt, 70, seed=3, **options)  # the window of 32 restarts three times
-    assert cached.shape == (4, 75) and torch.equal(cached, model.generate_uncached(prompt, 70, seed=3, **options))
+    cached = generate(model, prompt, 70, seed=3, **options)  # the window of 32 restarts three times
+    assert cached.shape == (4, 75) and torch.equal(cached, model.generate(prompt, 70, seed=3, **options))
 
 
 def test_a_routed_block_keeps_and_computes_only_what_it_takes():
@@ -677,34 +751,66 @@ def test_a_routed_block_keeps_and_computes_only_what_it_takes():
     computed, taken = collections.Counter(), collections.Counter()
     for i, block in enumerate(model.routed_blocks):
         block.mlp.register_forward_hook(lambda module, args, out, i=i: computed.update({i: args[0].shape[:2].numel()}))
-    cache = mod.KVCache(model.config, 4)
-    logits = model.prefill(tokens(B=4, T=9).tolist(), cache)
+    cache = KVCache(model.config, 4)
+    logits = prefill(model, cache, tokens(B=4, T=9).tolist())
     prefilled = [list(layer.length) for layer in cache.layers]
     assert prefilled[1::2] == [b.taken.sum(1).tolist() for b in model.routed_blocks] and prefilled[::2] == [[9] * 4] * 3
     computed.clear()
     for _ in range(20):
-        logits = model.step(pick_token(logits), cache)
+        logits = step(model, cache, pick_token(logits))
         taken.update({i: int(block.taken.sum()) for i, block in enumerate(model.routed_blocks)})
     assert computed == taken and 0 < taken.total() < 3 * 4 * 20
     held = sum(sum(layer.length) for layer in cache.layers[1::2])
     assert held == taken.total() + sum(sum(length) for length in prefilled[1::2])
 
 
+class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the small tensors that Python's numbers are copied into, and the numbers that Python reads back."""
+
+    made = read = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.read += func is torch.ops.aten._local_scalar_dense.default
+        self.made += func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_training_pass_reads_nothing_back_from_the_device():
+    model = make().train()
+    with Counted() as counted:
+        _, loss = model(tokens(), tokens(seed=9))
+        (loss + model.routing_loss()).backward()
+    assert counted.read == counted.made == 0
+
+
+@pytest.mark.parametrize("route_every", [0, 2])
+def test_a_decoded_token_makes_few_small_tensors(route_every):
+    model = make(n_layer=6, route_every=route_every)
+    cache = KVCache(model.config, 1)
+    prefill(model, cache, [[1, 2, 3]])
+    for i in range(20):
+        with Counted() as counted:
+            step(model, cache, torch.tensor([i]).clone())
+        assert counted.made <= 2  # the token of this test, and its position
+        assert counted.read == 0 if route_every == 0 else counted.read <= 3  # one decision per routed block
+
+
 def test_storage_follows_what_is_used():
     model = make()
     per_token = 2 * 16 * 8  # keys and values, n_embd, float64
-    cache, chunk = mod.KVCache(model.config, 1), mod.LayerCache.CHUNK
+    cache, chunk = KVCache(model.config, 1), kv.LayerCache.CHUNK
     assert cache.nbytes == 0
     for block in model.routed_blocks:
         block.predictor[-1].bias.data.fill_(-1e3)
-    model.prefill([[1, 2, 3]], cache)
+    prefill(model, cache, [[1, 2, 3]])
     assert [layer.nbytes for layer in cache.layers] == [chunk * per_token, 0] * 2
     cache.clear([0])
     assert cache.nbytes == 0
-    layer, sizes = mod.LayerCache(2, block_size=10 * chunk), set()
+    layer, sizes = kv.LayerCache(2, block_size=10 * chunk), set()
     for used in range(1, 10 * chunk + 1):
         k = torch.full((1, 2, 1, 8), float(used), dtype=torch.float64)
-        keys, values, mask = layer.append(k, -k, [1], [1])
+        slots = kv.Slots([1], [layer.length[1]], 1, batch_size=2, device="cpu")
+        keys, values, mask = kv.View(layer, slots, [1]).append(k, -k)
         assert keys[0, 0, :, 0].tolist() == list(range(1, used + 1)) and torch.equal(values, -keys) and mask is None
         allocated = layer.nbytes / (2 * per_token)
         sizes.add(allocated)
@@ -713,42 +819,42 @@ def test_storage_follows_what_is_used():
 
 
 def test_rows_of_a_cache_can_be_used_in_any_order():
-    model, cache = make(), mod.KVCache(make().config, 3)
+    model, cache = make(), KVCache(make().config, 3)
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
-    first = model.prefill(prompts, cache)
-    second = model.step(torch.tensor([10, 11, 12]), cache)
-    other = mod.KVCache(model.config, 3)
-    assert close(model.prefill([prompts[2], prompts[0], prompts[1]], other, [2, 0, 1]), first[[2, 0, 1]])
-    assert close(model.step(torch.tensor([11]), other, [1]), second[[1]])
-    assert close(model.step(torch.tensor([12, 10]), other, [2, 0]), second[[2, 0]])
-    third = model.step(torch.tensor([13, 14, 15]), cache)
-    assert close(model.step(torch.tensor([15, 14, 13]), other, [2, 1, 0]), third[[2, 1, 0]])
+    first = prefill(model, cache, prompts)
+    second = step(model, cache, torch.tensor([10, 11, 12]))
+    other = KVCache(model.config, 3)
+    assert close(prefill(model, other, [prompts[2], prompts[0], prompts[1]], [2, 0, 1]), first[[2, 0, 1]])
+    assert close(step(model, other, torch.tensor([11]), [1]), second[[1]])
+    assert close(step(model, other, torch.tensor([12, 10]), [2, 0]), second[[2, 0]])
+    third = step(model, cache, torch.tensor([13, 14, 15]))
+    assert close(step(model, other, torch.tensor([15, 14, 13]), [2, 1, 0]), third[[2, 1, 0]])
 
 
 def test_what_memory_held_before_does_not_reach_a_text():
     prompts = [[1, 2, 3, 4, 5, 6, 7], [1]]
-    clean = torch.stack(list(make().stream(prompts, 9, temperature=0)))
+    clean = torch.stack(list(stream(make(), prompts, 9, temperature=0)))
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
     try:
-        assert torch.equal(torch.stack(list(make().stream(prompts, 9, temperature=0))), clean)
+        assert torch.equal(torch.stack(list(stream(make(), prompts, 9, temperature=0))), clean)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_streams_side_by_side_and_single_steps_are_without_dropout_or_gradient_and_leave_the_training_mode():
     model, prompt = make(dropout=0.5).train(), tokens(B=2, T=5)
-    expected = list(make().generate(prompt, 9, temperature=0)[:, 5:].T)
-    short, long = model.stream(prompt, 3, temperature=0), model.stream(prompt, 9, temperature=0)
+    expected = list(generate(make(), prompt, 9, temperature=0)[:, 5:].T)
+    short, long = (stream(model, prompt, 3, temperature=0), stream(model, prompt, 9, temperature=0))
     got = []
     for token in long:
         got.append(token)
         next(short, None)
         assert model.training and torch.is_grad_enabled()
     assert torch.equal(torch.stack(got), torch.stack(expected))
-    cache, other = mod.KVCache(model.config, 2), mod.KVCache(model.config, 2)
+    cache, other = KVCache(model.config, 2), KVCache(model.config, 2)
     for logits, again in (
-        (model.prefill(prompt.tolist(), cache), model.prefill(prompt.tolist(), other)),
-        (model.step(prompt[:, 0], cache), model.step(prompt[:, 0], other)),
+        (prefill(model, cache, prompt.tolist()), prefill(model, other, prompt.tolist())),
+        (step(model, cache, prompt[:, 0]), step(model, other, prompt[:, 0])),
     ):
         assert torch.equal(logits, again) and not logits.requires_grad
 
@@ -757,16 +863,43 @@ def test_streams_side_by_side_and_single_steps_are_without_dropout_or_gradient_a
 def test_sampling_in_bfloat16(model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         prompts = [[1, 2, 3], [4]]
-        cache = mod.KVCache(model.config, 2)
-        text = torch.stack(list(model.stream(prompts, 40, seed=1, cache=cache)))
+        cache = KVCache(model.config, 2)
+        text = torch.stack(list(stream(model, prompts, 40, seed=1, cache=cache)))
         assert text.shape == (40, 2) and cache.layers[0].k.dtype == torch.bfloat16
-        assert model.generate_uncached(tokens(B=2, T=5), 40, seed=1).shape == (2, 45)
+        assert model.generate(tokens(B=2, T=5), 40, seed=1).shape == (2, 45)
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(n_expert=3, staged=True)], ids=["MoD", "staged"])
+def test_a_model_stored_in_bfloat16_still_routes_in_float32(kind):
+    torch.manual_seed(0)
+    model = set_dtype(build(config_class(kind)(**{**TINY, **kind})), torch.bfloat16)
+    routing = [p for name, p in model.named_parameters() if ".router." in name or ".predictor." in name]
+    assert routing and all(p.dtype == torch.float32 for p in routing)
+    assert model.transformer.wte.weight.dtype == model.transformer.h[0].mlp.c_fc.weight.dtype == torch.bfloat16
+    cache = KVCache(model.config, 2)
+    list(stream(model, [[1, 2, 3], [4]], 40, seed=1, cache=cache))
+    assert cache.layers[0].k.dtype == torch.bfloat16
+    assert all(module.logits is None or module.logits.dtype == torch.float32 for module in model.routing_modules)
+    assert model(tokens(), routing="causal")[0].dtype == torch.bfloat16
+
+
+def test_a_prompt_from_another_device_is_brought_to_the_model():
+    model, moved = make(), []
+
+    class Prompt(torch.Tensor):
+        def to(self, device, *args, **kwargs):
+            moved.append(torch.device(device))
+            return self.as_subclass(torch.Tensor)
+
+    for sample in (generate, GPT.generate):
+        sample(model, tokens(B=1, T=3).as_subclass(Prompt), 2)
+    assert moved == [model.lm_head.weight.device] * 2
 
 
 def test_the_caller_sees_what_was_taken_on_the_way():
     model, prompt = make(), tokens(B=2, T=5)
-    decisions = [torch.stack([b.taken for b in model.routed_blocks]) for _ in model.stream(prompt, 9, temperature=0)]
-    text = model.generate(prompt, 9, temperature=0)
+    decisions = [torch.stack([b.taken for b in model.routed_blocks]) for _ in stream(model, prompt, 9, temperature=0)]
+    text = generate(model, prompt, 9, temperature=0)
     model(text[:, :-1], routing="causal")  # the last new token was never read
     assert torch.equal(torch.cat(decisions, dim=2), torch.stack([b.taken for b in model.routed_blocks]))
 
@@ -777,21 +910,26 @@ def test_the_caller_sees_what_was_taken_on_the_way():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(capacity=12.5), "capacity is a fraction in (0, 1], got 12.5; for 12.5 % write 0.125"),
+        (dict(capacity=12.5), "capacity is a fraction in (0, 1], got 12.5; for 12.5% write 0.125"),
         (dict(capacity=0.0), "capacity is a fraction in (0, 1], got 0"),
         (dict(capacity=math.nan), "capacity is a fraction in (0, 1], got nan"),
-        (dict(n_embd=100, n_head=12), "n_embd 100 and n_head 12; 96 would do"),
+        (dict(n_embd=100, n_head=12), "n_embd must be a multiple of n_head, got 100 and 12; 96 would work"),
         (dict(n_layer=0), "n_layer must be at least 1, got 0"),
         (dict(route_every=-1), "route_every is 0 (no block is routed), 1 (every block), 2, ...; got -1"),
         (dict(dropout=1.0), "dropout is a probability in [0, 1), got 1"),
-        (dict(selection="best"), "selection must be one of learned, stochastic, position; got 'best'"),
-        (dict(causal_method="oracle"), "causal_method must be one of predictor, router; got 'oracle'"),
+        (dict(causal_method="oracle"), "causal_method must be predictor or router, got 'oracle'"),
     ],
 )
 def test_a_config_that_cannot_work_is_told_in_one_line(changes, message):
     with pytest.raises(ValueError) as error:
         GPTConfig(**changes)
     assert message in str(error.value)
+
+
+def test_an_unknown_variant_is_told_with_the_nearest_name():
+    for name, hint in (("sigmoid", "did you mean sigmoid_gate?"), ("best", f"known are {', '.join(VARIANTS)}")):
+        with pytest.raises(ValueError, match=f"unknown variant '{name}'; {hint}".replace("?", r"\?")):
+            GPTConfig(**TINY, variant=name)
 
 
 def test_a_call_that_cannot_work_is_told_in_one_line():
@@ -803,15 +941,15 @@ def test_a_call_that_cannot_work_is_told_in_one_line():
             model(tokens(T=T))
     for wrong in (dict(temperature=-1), dict(temperature=math.nan), dict(top_k=-1), dict(top_p=0), dict(top_p=1.1)):
         with pytest.raises(ValueError, match="sampling needs a temperature >= 0, top_k >= 0"):
-            model.generate(tokens(), 1, **wrong)
-    cache = mod.KVCache(model.config, 2)
-    with pytest.raises(ValueError, match="the cache has 2 rows, and there are 3 prompts"):
-        model.generate(tokens(B=3), 1, cache=cache)
+            generate(model, tokens(), 1, **wrong)
+    cache = KVCache(model.config, 2)
+    with pytest.raises(ValueError, match="the cache has 2 rows, but there are 3 prompts"):
+        generate(model, tokens(B=3), 1, cache=cache)
     for prompts in ([[1], []], [[1], [2] * 33]):
         with pytest.raises(ValueError, match="a prompt has 1 to block_size = 32 tokens, got"):
-            model.prefill(prompts, cache)
-    model.prefill([[1], [2] * 32], cache)
+            prefill(model, cache, prompts)
+    prefill(model, cache, [[1], [2] * 32])
     with pytest.raises(ValueError, match=r"rows \[1\] have read block_size = 32 tokens; prefill them anew"):
-        model.step(torch.tensor([1, 1]), cache)
+        step(model, cache, torch.tensor([1, 1]))
     with pytest.raises(ValueError, match="one number per routed block: 2, got 1"):
         forward_flops(model.config, 32, [4])

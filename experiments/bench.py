@@ -19,40 +19,42 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from mod import GPT, GPTConfig, KVCache, forward_flops, pick_token
-from mode import MoDEConfig, kind_of
+from cache import KVCache, prefill, set_dtype, step
+from mod import GPT, GPTConfig, pick_token
+from mode import MoDEConfig, build, config_class, forward_flops
 from support.evaluation import autocast
-from support.options import UserError, errors_in_one_line, load, option, pick_device
+from support.options import UserError, errors_in_one_line, load, pick_device
 from train import TrainConfig, configure_optimizer, resolve
 
 
 @dataclass
 class BenchConfig:
-    n_layer: int = option(6, "blocks")
-    n_head: int = option(6, "attention heads")
-    n_embd: int = option(384, "width")
-    block_size: int = option(256, "context")
-    vocab_size: int = option(65, "vocabulary")
-    capacity: float = option(GPTConfig.capacity, "share of the tokens that a routed block processes")
-    route_every: int = option(GPTConfig.route_every, "2: every other block is routed")
-    n_expert: int = option(0, "experts in each routed block, see mode.py; with them only training is measured")
-    n_noop: int = option(0, "no-op experts beside them")
-    expert_capacity: float = option(MoDEConfig.expert_capacity, "share of a block's tokens that each expert takes")
-    staged: bool = option(False, "True: staged MoDE")
-    against: str = option("", "shape of the dense GPT, as 1x96 (layers x width); empty: that of the other model")
-    part: str = option("both", "what to measure", choices=("both", "training", "sampling"))
-    batch_size: int = option(16, "training: sequences per step; sampling is measured with batches of 1 and 16")
-    new_tokens: int = option(64, "sampling: tokens to generate after a prompt of block_size - new_tokens")
-    repeats: int = option(10, "timed training steps, or generated texts, of each model")
-    warmup: int = option(2, "untimed ones before them")
-    device: str = option("auto", "auto (the best there is), cpu, cuda, mps, ...")
-    dtype: str = option("auto", "auto: bfloat16 where the GPU has it", choices=("auto", "float32", "bfloat16"))
-    compile: str = option("auto", "compile training; auto: on CUDA under Linux", choices=("auto", "True", "False"))
-    check: bool = option(False, "compare the device with the CPU on the operations of routing, and stop")
+    n_layer: int = 6  # blocks
+    n_head: int = 6  # attention heads
+    n_embd: int = 384  # width
+    block_size: int = 256  # context
+    vocab_size: int = 65  # vocabulary
+    capacity: float = GPTConfig.capacity  # share of the tokens that a routed block processes
+    route_every: int = GPTConfig.route_every  # 2: every other block is routed
+    n_expert: int = 0  # experts in each routed block, see mode.py; with them only training is measured
+    n_noop: int = 0  # no-op experts beside them
+    expert_capacity: float = MoDEConfig.expert_capacity  # share of a block's tokens that each expert takes
+    staged: bool = False  # True: staged MoDE
+    against: str = ""  # shape of the dense GPT, as 1x96 (layers x width); empty: that of the other model
+    part: Literal["both", "training", "sampling"] = "both"  # what to measure
+    batch_size: int = 16  # training: sequences per step; sampling is measured with batches of 1 and 16
+    new_tokens: int = 64  # sampling: tokens to generate after a prompt of block_size - new_tokens
+    repeats: int = 10  # timed training steps, or generated texts, of each model
+    warmup: int = 2  # untimed ones before them
+    device: str = "auto"  # auto (the best there is), cpu, cuda, mps, ...
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
+    compile: Literal["auto", "True", "False"] = "auto"  # compile training; auto: on CUDA under Linux
+    check: bool = False  # compare the device with the CPU on the operations of routing, and stop
 
 
 def main(argv=None):
@@ -70,7 +72,7 @@ def bench(options):
             raise UserError(f"{name} must be at least {least}, got {getattr(options, name)}")
     if options.part != "training" and options.new_tokens >= options.block_size:
         raise UserError(f"new_tokens must leave room for a prompt in block_size {options.block_size}; make it smaller")
-    kind, _ = kind_of(asdict(options))
+    kind = config_class(asdict(options))
     if kind is MoDEConfig and options.part != "training":
         raise UserError("sampling is measured without experts; with them take --part=training")
     names = {field.name for field in dataclasses.fields(kind)} & asdict(options).keys()
@@ -167,7 +169,7 @@ def bench_training(configs, options, machine):
 def training_step(config, batch_size, machine):
     """A function that makes one training step (forward, backward, clipping, AdamW) on random tokens."""
     torch.manual_seed(0)
-    model = kind_of(asdict(config))[1](config).to(machine.device)
+    model = build(config).to(machine.device)
     optimizer = configure_optimizer(model, machine)
     idx = torch.randint(config.vocab_size, (batch_size, config.block_size), device=machine.device)
     if machine.compile == "True":
@@ -176,7 +178,7 @@ def training_step(config, batch_size, machine):
     def step():
         with autocast(machine.device, machine.dtype):
             _, loss = model(idx, idx)
-        (loss + model.aux_loss).backward()
+        (loss + model.routing_loss()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -237,7 +239,7 @@ def sampling_figures(B, models, limits, options, machine):
 def sampling_model(config, machine):
     """A model of random weights whose predictors take a share of `capacity`; untrained, they would take any share."""
     torch.manual_seed(0)
-    model = GPT(config).to(machine.device, getattr(torch, machine.dtype)).eval()
+    model = set_dtype(GPT(config).to(machine.device), getattr(torch, machine.dtype)).eval()  # as sample.py does
     idx = torch.randint(config.vocab_size, (8, config.block_size), device=machine.device)
     with torch.no_grad():
         for block in model.routed_blocks:  # in this order: what a block takes changes what the later ones see
@@ -251,12 +253,12 @@ def generate(model, B, seed, limits, options, machine):
     torch.manual_seed(seed)
     config, cache = model.config, KVCache(model.config, B)
     prompts = torch.randint(config.vocab_size, (B, options.block_size - options.new_tokens)).tolist()
-    prefill_seconds, logits = clocked(lambda: model.prefill(prompts, cache), machine.device)
+    prefill_seconds, logits = clocked(lambda: prefill(model, cache, prompts), machine.device)
     lengths = [[list(layer.length) for layer in cache.layers]]  # after each step
 
     def steps(logits=logits):
         for _ in range(options.new_tokens):
-            logits = model.step(pick_token(logits), cache)
+            logits = step(model, cache, pick_token(logits))
             lengths.append([list(layer.length) for layer in cache.layers])
 
     seconds, _ = clocked(steps, machine.device)
@@ -350,15 +352,15 @@ def check(options):
         def work(model, idx):
             model.zero_grad()
             _, loss = model(idx, idx)
-            (loss + model.aux_loss).backward()
+            (loss + model.routing_loss()).backward()
             return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if name in n])
 
         return work
 
     def step_by_step(model, idx):
         cache = KVCache(model.config, len(idx))
-        first = model.prefill(idx[:, :200].tolist(), cache)
-        return torch.stack([first, *(model.step(token, cache) for token in idx.T[200:])])
+        first = prefill(model, cache, idx[:, :200].tolist())
+        return torch.stack([first, *(step(model, cache, token) for token in idx.T[200:])])
 
     checks = {
         "top-k, 32 of 256, in order": (lambda r: r.topk(32, dim=1).indices.sort(dim=1).values, r),

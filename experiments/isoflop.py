@@ -22,15 +22,12 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from unittest import mock
 
 import torch
 
-import mod
 from experiments import report, runner
 from experiments.runner import FRESH, SEEDS, loss_for_choice, search, seeds
-from experiments.variants import VARIANTS
-from mod import forward_flops
+from mode import forward_flops
 from support import checkpoint
 from support.data import load_dataset
 from support.evaluation import evaluate
@@ -52,10 +49,9 @@ class Run:
     learning_rate: float = 5e-3  # where the search begins
     seed: int = SEEDS[0]
     capacity: float = 0.125
-    selection: str = "learned"
     causal_method: str = "predictor"
     block_size: int = 128
-    variant: str = ""  # a name in VARIANTS: a model that differs in code
+    variant: str = ""  # a routed block of variants.py
     n_expert: int = 0
     n_noop: int = 0
     expert_capacity: float = 0.25
@@ -95,6 +91,7 @@ SIZES = {
     3e13: ((2, 96), (2, 128), (3, 96), (3, 128), (4, 128)),
 }  # fmt: skip
 ABLATED = 3e12  # the budget at which one thing at a time is changed
+VARIANTS = ("stochastic", "position", "no_gate", "sigmoid_gate", "loud_router", "exploring_noise")
 GPU_SIZES = {  # the complete works are read 2 to 8 times here, then 3 to 11 times, then 3 to 14 times
     1e14: ((2, 128), (2, 192), (3, 128), (3, 192), (4, 128), (4, 192)),
     3e14: ((2, 192), (3, 192), (3, 256), (4, 192), (4, 256), (6, 192)),
@@ -150,7 +147,6 @@ def changed(run):
     return [
         *(replace(run, capacity=share) for share in (0.0625, 0.25, 0.5, 1.0)),
         *(replace(run, route_every=n) for n in (1, 3) if n <= run.n_layer),
-        *(replace(run, selection=name) for name in ("stochastic", "position")),
         replace(run, causal_method="router"),
         *(replace(run, variant=name) for name in VARIANTS),
         *(replace(run, block_size=T) for T in (64, 256)),
@@ -215,7 +211,7 @@ def options(run, vocabulary, dataset, out_dir, device):
         block_size=run.block_size,
         route_every=run.route_every,
         capacity=run.capacity,
-        selection=run.selection,
+        variant=run.variant,
         causal_method=run.causal_method,
         n_expert=run.n_expert,
         n_noop=run.n_noop,
@@ -250,9 +246,7 @@ def train_one(run, out_dir, dataset, device, **more):
     config = replace(options(run, meta["vocab_size"], dataset, out_dir, device), **more)
     half = len(data["val"]) // 2
     row = {"run": asdict(run), "data": meta["text_sha256"][:16], "choose": None, "report": None}
-    # train() builds the model itself, so meanwhile a variant stands in the place of RoutedBlock.
-    variant = mock.patch.object(mod, "RoutedBlock", VARIANTS.get(run.variant, mod.RoutedBlock))
-    with open(log_file, "a", encoding="utf-8") as log, variant:
+    with open(log_file, "a", encoding="utf-8") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
                 rows = train(replace(config, resume=(out_dir / "last.json").is_file()))
@@ -264,7 +258,7 @@ def train_one(run, out_dir, dataset, device, **more):
     row["report"] = evaluate(model, data["val"][half:], batch_size=64, eval_iters=len(data["val"]))
     row |= {
         "parameters": model.num_parameters(),
-        "forward_flops_per_token": forward_flops(model.config, run.block_size) / run.block_size,
+        "forward_flops_per_token": model.flops(run.block_size) / run.block_size,
         "steps": rows[-1]["step"],
         "flops": rows[-1]["flops"],
         "train_loss": rows[-1]["train_loss"],

@@ -35,10 +35,10 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments import report, runner
-from mod import GPT, GPTConfig, evaluating, forward_flops
+from mod import GPT, GPTConfig, evaluating
 from support.data import seed_of
 from support.options import errors_in_one_line
-from train import TrainConfig, configure_optimizer, learning_rate_at
+from train import TrainConfig, clip_gradients, configure_optimizer, learning_rate_at
 
 T, LENGTH, LETTERS, NUMBERS = 64, 8, 26, 5
 VOCABULARY = LETTERS + NUMBERS
@@ -50,8 +50,8 @@ MODELS = {
     "dense, 2 layers": {"route_every": 0},
     "dense, 1 layer": {"route_every": 0, "n_layer": 1},  # the MoD model without its routed block
     "MoD": {},
-    "stochastic routing": {"selection": "stochastic"},
-    "position-only routing": {"selection": "position"},
+    "stochastic routing": {"variant": "stochastic"},
+    "position-only routing": {"variant": "position"},
     "MoD, letters with an answer": {"letters": "copied"},
     "dense, 2 layers, letters with an answer": {"route_every": 0, "letters": "copied"},
     "dense, 1 layer, letters with an answer": {"route_every": 0, "n_layer": 1, "letters": "copied"},
@@ -117,10 +117,8 @@ def learn(model, batch, steps, learning_rate, seed, look=None, every=1):
         x, y = batch(step)
         torch.manual_seed(seed_of(seed, step))  # the stochastic control's noise
         _, loss = model(x, y, routing="topk")
-        (loss + config.aux_weight * model.aux_loss).backward()
-        for theirs in (True, False):  # the predictors' gradients apart, as in train.py
-            parameters = [p for name, p in model.named_parameters() if (".predictor." in name) == theirs]
-            torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        (loss + config.aux_weight * model.routing_loss()).backward()
+        clip_gradients(model, config.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
@@ -136,14 +134,14 @@ def execute(run, folder):
     options = dict(MODELS[run.model])
     letters = options.pop("letters", "dice")
     model = model_of(options)
-    step_flops = 3 * BATCH * forward_flops(model.config, T)
+    step_flops = 3 * BATCH * model.flops(T)
     steps = int(run.budget // step_flops)
     with runner.ending_at_once():
         last = learn(
             model, lambda step: texts((run.seed, step), BATCH, letters)[:2], steps, run.learning_rate, run.seed
         )
         row = {"run": asdict(run), "steps": steps, "flops": steps * step_flops}
-        row |= {"parameters": model.num_parameters(), "forward_flops_per_token": forward_flops(model.config, T) / T}
+        row |= {"parameters": model.num_parameters(), "forward_flops_per_token": model.flops(T) / T}
         if not math.isfinite(last):
             return row | {"choose": None, "report": None}
         return row | {"choose": measure(model, 1), "report": measure(model, 2)}

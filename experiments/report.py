@@ -241,16 +241,15 @@ def budgets_with_changes(models):
     return [b for b, others in found.items() if any(model not in plain(models, b, "dense") for _, model, _ in others)]
 
 
-CHANGED = {"capacity", "route_every", "selection", "causal_method", "variant", "block_size"}
+CHANGED = {"capacity", "route_every", "causal_method", "variant", "block_size"}
 
 
 def label(option, value):
     names = {
         "capacity": f"capacity {value}",
         "route_every": {0: "no block routed", 1: "every block routed"}.get(value, f"one block in {value} routed"),
-        "selection": f"{value} routing",
         "causal_method": "auxiliary loss on the router, no predictor",
-        "variant": value,
+        "variant": f"{value} routing" if value in ("stochastic", "position") else str(value).replace("_", " "),
         "block_size": f"context {value}",
     }
     return names[option]

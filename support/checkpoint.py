@@ -22,11 +22,12 @@ from dataclasses import asdict
 
 import torch
 
-from mode import kind_of
+from mode import build, config_class
 from support.data import sha256_of
 from support.options import UserError
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, 3)  # what `read` understands
 NAMES = ("last", "previous", "best")
 
 
@@ -70,11 +71,11 @@ def read(out_dir, name):
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         found = info["format"]
-        checksum = info.pop("sha256") if found == FORMAT else None
+        checksum = info.pop("sha256") if found in READABLE else None
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{path} is damaged: it is not the JSON of a checkpoint; train again or use another") from None
-    if found != FORMAT:
-        raise UserError(f"{path} has format {found!r}, this version of the code reads {FORMAT}; train again")
+    if found not in READABLE:
+        raise UserError(f"{path} has format {found!r}, this version of the code reads 2 and 3; train again")
     if checksum != _checksum(info):
         raise UserError(f"{path} is damaged: its SHA-256 is not the one that it gives; train again or use another")
     for file in info["files"].values():
@@ -83,15 +84,23 @@ def read(out_dir, name):
             raise UserError(f"{weights} is missing, {path.name} needs it; train again or use another checkpoint")
         if sha256_of(weights) != file["sha256"]:
             raise UserError(f"{weights} is damaged: its SHA-256 is not the one in {path.name}")
-    return info
+    options = {part: with_variant(info[part]) for part in ("model", "config") if part in info}
+    return {**info, **options, "format": FORMAT}
+
+
+def with_variant(options):
+    """Options as they are named now. Format 2 had selection="stochastic" for what is variant="stochastic"."""
+    if "selection" not in options:
+        return options
+    variant = options["selection"].replace("learned", "")
+    return {name: value for name, value in options.items() if name != "selection"} | {"variant": variant}
 
 
 def load(out_dir, name, device):
     """The model on `device` in evaluation mode, and its JSON's contents. Raises UserError if either is damaged."""
     info = read(out_dir, name)
     try:
-        config, model = kind_of(info["model"])
-        model = model(config(**info["model"]))
+        model = build(config_class(info["model"])(**info["model"]))
         model.load_state_dict(tensors(out_dir, info, "model"))
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

@@ -11,14 +11,14 @@ from support import data, ranks
 @torch.no_grad()
 def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
     """
-    Losses in nats per token over fixed windows of `tokens`, evenly spaced and never overlapping: eval_iters batches of
-    batch_size windows at most, on the model's device.
+    Losses in nats per token over fixed windows of `tokens`, evenly spaced and without overlap: at most eval_iters
+    batches of batch_size windows, on the model's device.
 
-    val_loss_causal is that of a model that can be sampled from: the one to compare with a dense model's.
-    val_loss_topk lets the routed blocks look at the whole window. taken: the share of tokens that each routed block
-    processed in the causal pass. The predictor (with causal_method "router" the router; the controls have none) is
-    judged within the top-k pass: how often it agrees with top-k, beside the accuracy of the better constant guess
-    (base rate), and its recall. None if `stop` is requested on the way, by any rank.
+    val_loss_causal belongs to the model that can be sampled from, so compare this one with a dense model's.
+    val_loss_topk lets the routed blocks look ahead. taken: the share of tokens that each routed block processed in the
+    causal pass. The predictor (with causal_method "router" the router; some variants have neither) is scored in the
+    top-k pass: how often it agrees with top-k, next to the accuracy of the better constant guess (base rate), and its
+    recall. Returns None if `stop` is requested meanwhile, on any rank.
     """
     T, device = model.config.block_size, model.lm_head.weight.device
     training = model.training
@@ -26,27 +26,29 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
     n_windows = min(eval_iters * batch_size, (len(tokens) - 1) // T)
     starts = np.linspace(0, len(tokens) - 1 - T, n_windows).astype(int)
     starts = [starts[i : i + batch_size] for i in range(0, n_windows, batch_size)]
-    routed = model.routed_blocks
-    # A row for each batch, filled in by the rank that has it, then summed over the ranks: the sum of the rows is the
-    # same to the last bit, however many there are.
-    table = torch.zeros(len(starts), 6 + len(routed), dtype=torch.float64)
+    routed, measured = model.routed_blocks, {}
     for i in ranks.share(len(starts)):
         if stop is not None and stop.requested:
             break
         x, y = data.windows(tokens, starts[i], T, device)
-        torch.manual_seed(data.seed_of(0, i))  # the stochastic control draws its noise from here
+        torch.manual_seed(data.seed_of(0, i))  # for variants that draw noise
         with autocast(device, dtype):
-            # .forward runs eagerly, also where the model is compiled: the size of a causal batch depends on the data.
+            # .forward runs eagerly even if the model is compiled: the size of a causal batch depends on the data.
             _, topk_loss = model.forward(x, y, routing="topk")
-            decisions = [(one.taken, one.logits > 0) for one in model.deciders]
+            decisions = [(m.taken, m.logits > 0) for m in model.routing_modules]
             _, causal_loss = model.forward(x, y, routing="causal") if routed else (None, topk_loss)
-        agree = sum((taken == foretold).sum().item() for taken, foretold in decisions)
-        hit = sum((taken & foretold).sum().item() for taken, foretold in decisions)
-        member = sum(taken.sum().item() for taken, _ in decisions)
+        agree = sum((taken == predicted).sum() for taken, predicted in decisions)
+        hit = sum((taken & predicted).sum() for taken, predicted in decisions)
+        member = sum(taken.sum() for taken, _ in decisions)
         made = sum(taken.numel() for taken, _ in decisions)
-        taken = [(block.taken.sum() / T).item() for block in routed]
-        losses = [causal_loss.item() * len(x), topk_loss.item() * len(x)]
-        table[i] = torch.tensor([*losses, agree, hit, member, made, *taken], dtype=torch.float64)
+        counts = [agree, hit, member, made, *(block.taken.sum() for block in routed)]
+        counts = torch.stack([torch.as_tensor(count, device=device) for count in counts])
+        measured[i] = torch.stack([causal_loss, topk_loss]) * len(x), counts
+    # One row per batch, filled in by the rank that has it, then summed over the ranks. So the sum of the rows is the
+    # same to the last bit on any number of ranks. Only here do the figures leave the device.
+    table = torch.zeros(len(starts), 6 + len(routed), dtype=torch.float64)
+    for i, figures in measured.items():
+        table[i] = torch.cat([part.cpu().double() for part in figures])
     model.train(training)
     if ranks.any_rank(stop is not None and stop.requested):
         return None
@@ -54,8 +56,8 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
     causal, topk, agree, hit, member, made, *taken = (sum(column) for column in columns)
     result = {"val_loss_causal": causal / n_windows, "val_loss_topk": topk / n_windows}
     if routed:
-        result["taken"] = [round(tokens_taken / n_windows, 5) for tokens_taken in taken]
-    if model.deciders and model.config.selection == "learned":
+        result["taken"] = [round(tokens_taken / (n_windows * T), 5) for tokens_taken in taken]
+    if made:
         capacity = member / made
         result |= {
             "predictor_accuracy": agree / made,

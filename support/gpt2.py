@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mod import GPT, GPTConfig
 from support import checkpoint
-from support.options import UserError, errors_in_one_line, load, option
+from support.options import UserError, errors_in_one_line, load
 
 # GPT-2's own, which mod.py has built in.
 EXPECTED = {
@@ -32,8 +32,8 @@ EXPECTED = {
 
 @dataclass
 class ConvertConfig:
-    model: str = option("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the folder of a saved model")
-    out_dir: str = option("out-gpt2", "folder for the checkpoint; a new one")
+    model: str = "gpt2"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the folder of a saved model
+    out_dir: str = "out-gpt2"  # folder for the checkpoint; a new one
 
 
 def main(argv=None):

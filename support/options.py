@@ -11,8 +11,11 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import inspect
+import re
 import runpy
 import sys
+import typing
 from pathlib import Path
 
 
@@ -44,11 +47,6 @@ def errors_in_one_line(script, smaller):
         sys.exit(130)
 
 
-def option(default, help, choices=None):
-    """A dataclass field with the line that --help prints for it."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
 def load(options_class, argv, description, preset=False, base=None):
     """
     The options of a command line as an instance of the dataclass `options_class`.
@@ -58,13 +56,13 @@ def load(options_class, argv, description, preset=False, base=None):
     right.
     """
     fields = {field.name: field for field in dataclasses.fields(options_class)}
+    comments = field_comments(options_class)
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
     if preset:
         parser.add_argument("preset", nargs="?", help="a file of options, such as those in config/")
     for field in fields.values():
-        choices = field.metadata["choices"]
-        kind = "{" + ",".join(choices) + "}" if choices else field.type.__name__.upper()
-        text = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
+        kind = "{" + ",".join(_choices(field)) + "}" if _choices(field) else field.type.__name__.upper()
+        text = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
         flag = {"nargs": "?", "const": "True"} if field.type is bool else {}  # --bias is short for --bias=True
         parser.add_argument(f"--{field.name}", metavar=kind, default=argparse.SUPPRESS, help=text, **flag)
     given, unknown = parser.parse_known_args(argv)
@@ -83,6 +81,21 @@ def load(options_class, argv, description, preset=False, base=None):
     return options_class(**{**(base(values) if base else {}), **values})
 
 
+def field_comments(options_class):
+    """The comment behind each field of a dataclass, {name: text}. A field declared anew may keep its base's comment."""
+    found = {}
+    for base in reversed(options_class.__mro__[:-1]):
+        found |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), flags=re.MULTILINE))
+    return found
+
+
+def at_least(least, options, names):
+    """Check that these options, named in one text, are finite numbers not below `least`. Raises UserError."""
+    for name in names.split():
+        if not least <= getattr(options, name) < 2**63:
+            raise UserError(f"{name} must be a finite number, at least {least}; got {getattr(options, name)}")
+
+
 def pick_device(name):
     """`name`, or for "auto" the best that this machine has: cuda, mps, cpu."""
     import torch  # here: the processes that tokenize a large corpus import this file and do without
@@ -95,6 +108,16 @@ def pick_device(name):
         reason = str(error).splitlines()[0][:100]
         raise UserError(f"device {name!r} cannot be used here ({reason}); --device=auto takes what is there") from None
     return name
+
+
+def pick_dtype(name, device):
+    """`name`, or for "auto" bfloat16 on a GPU that has it and float32 elsewhere."""
+    import torch
+
+    if name != "auto":
+        return name
+    has_it = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_it else "float32"
 
 
 def _read_preset(path, fields):
@@ -123,8 +146,7 @@ def _read_preset(path, fields):
 
 def _convert(field, value, where):
     """`value`, a text from the command line or a value from a preset, as the field's type."""
-    choices = field.metadata["choices"]
-    if choices:
+    if choices := _choices(field):
         matches = [choice for choice in choices if choice.lower() == str(value).lower()]
         if not matches:
             hint = _nearest(value, choices)
@@ -144,6 +166,11 @@ def _convert(field, value, where):
         raise UserError(f"{where} expects {expected[field.type]}, got {value!r}") from None
 
 
+def _choices(field):
+    """The values that a field of a Literal type may have; () for other types."""
+    return typing.get_args(field.type)
+
+
 def _short(value):
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -155,7 +182,12 @@ def _unknown_argument(argument, fields):
     return f"unknown option {name}{_nearest(name, [f'--{field}' for field in fields]) or '; --help lists them all'}"
 
 
+RENAMED = {"selection": "variant"}
+
+
 def _nearest(name, known):
+    if now := RENAMED.get(str(name).removeprefix("--")):
+        return f"; it is called {now} now"
     found = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {found[0]}?" if found else ""
 

@@ -1,4 +1,4 @@
-"""What a run says about itself: its model, its machine, its evaluations."""
+"""What a run prints about itself: its model, its machine, its progress and evaluations."""
 
 import dataclasses
 import platform
@@ -6,9 +6,9 @@ import re
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from mod import forward_flops
-from mode import MoDE
+from mode import MoDE, forward_flops
 from support import ranks
 
 # FLOPs per second at most, in matrix products of 16-bit numbers: the makers' figures, without sparsity.
@@ -51,14 +51,15 @@ def report(row, max_iters):
 
 def describe(model, device, dtype, compiled):
     c, routed = model.config, len(model.routed_blocks)
-    kind = f"MoD ({routed} of {c.n_layer} blocks routed at {c.capacity:.1%} capacity)" if routed else "Dense"
+    variant = f", {c.variant}" if c.variant else ""
+    kind = f"MoD ({routed} of {c.n_layer} blocks routed at {c.capacity:.1%} capacity{variant})" if routed else "Dense"
     if routed and isinstance(model, MoDE):
         noops = f" and {c.n_noop} no-ops" if c.n_noop else ""
         what = f"{c.n_expert} experts at {c.expert_capacity:.1%} capacity{noops}"
         around = f", routed at {c.capacity:.1%}" if c.staged else ""
         kind = f"{'MoDE' if c.staged or c.n_noop else 'MoE'} ({routed} of {c.n_layer} blocks with {what}{around})"
-    dense_flops = forward_flops(dataclasses.replace(c, route_every=0), c.block_size)
-    saving = f", {forward_flops(c, c.block_size) / dense_flops:.2f} of the dense FLOPs" if routed else ""
+    share = model.flops(c.block_size) / forward_flops(dataclasses.replace(c, route_every=0), c.block_size)
+    saving = f", {share:.2f} of the dense FLOPs" if routed else ""
     where = device if ranks.ranks() == 1 else f"{ranks.ranks()} ranks, the first on {device}"
     return (
         f"{kind}: {c.n_layer} layers x {c.n_embd} wide, context {c.block_size}, {model.num_parameters():,} parameters"
@@ -77,3 +78,24 @@ def versions(device):
         "threads": torch.get_num_threads(),
         "ranks": ranks.ranks(),
     }
+
+
+class ProgressLine:
+    """The line at the bottom of the terminal: percent, time left, loss, tokens/s and, where known, MFU."""
+
+    def __init__(self, progress, max_iters, tokens_per_step, step_flops, device, dtype):
+        hidden = None if ranks.is_main() else True  # None: hidden where there is no terminal
+        self.bar = tqdm(total=max_iters, initial=progress.step, disable=hidden, unit="step", dynamic_ncols=True)
+        self.tokens_per_step, self.step_flops, self.peak = tokens_per_step, step_flops, peak_flops(device, dtype)
+        self.step, self.seconds = progress.step, progress.train_seconds  # at the last update
+
+    def update(self, progress, loss):
+        steps, seconds = progress.step - self.step, progress.train_seconds - self.seconds
+        self.step, self.seconds = progress.step, progress.train_seconds
+        mfu = f", MFU {steps * self.step_flops / seconds / self.peak:.0%}" if self.peak else ""
+        speed = f"{steps * self.tokens_per_step / seconds:,.0f} tokens/s{mfu}"
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
+        self.bar.update(steps)
+
+    def close(self):
+        self.bar.close()

@@ -30,6 +30,19 @@ class Progress:
     aux_sum: float = 0.0
     train_seconds: float = 0.0
 
+    def add(self, losses, seconds):
+        """Count a step with these losses, language model and routing."""
+        self.loss_sum = self.loss_sum + losses[0]  # on the device, so that nothing waits for them
+        self.aux_sum = self.aux_sum + losses[1]
+        self.step += 1
+        self.train_seconds += seconds
+
+    def mean_losses(self):
+        """The mean training losses since the last evaluation; nothing before the first step."""
+        steps = self.step - self.rows[-1]["step"] if self.rows else 0
+        sums = {"train_loss": self.loss_sum, "aux_loss": self.aux_sum} if steps else {}
+        return {name: float(total) / steps for name, total in sums.items()}
+
 
 def saved_options(out_dir):
     """The options of the run in out_dir, "auto" as it was asked for; None if there is no run of ours."""
@@ -41,7 +54,8 @@ def saved_options(out_dir):
         except (OSError, ValueError):
             return None
     try:
-        return {**info["config"], **info.get("asked", {})}  # "auto" may mean something else where the run goes on
+        options = checkpoint.with_variant(info["config"])
+        return {**options, **info.get("asked", {})}  # "auto" may mean something else where the run goes on
     except (LookupError, TypeError, AttributeError):
         return None
 
@@ -103,12 +117,13 @@ def keep_earlier_run(out_dir):
         print(f"{out_dir} holds an earlier run: moved to {shown} (to go on with it instead: --resume)")
 
 
-def load(out_dir, model, parts, max_iters, info):
+def load(out_dir, model, parts, max_iters, info, defaults):
     """
     Put the run's last whole checkpoint into the model and `parts`; returns its Progress.
 
     parts: what else has a state_dict, as {"optimizer": ..., "scaler": ...}. info: what this run would save beside it;
-    prints what of it is not as it was. Raises UserError where the run cannot go on like this; nothing has changed then.
+    prints every option or version that changed. defaults: the value of each option, for those that did not exist when
+    the run was saved. Raises UserError if the run cannot continue like this; then nothing has changed.
     """
     found, damage = last_whole(out_dir)
     if damage:
@@ -117,12 +132,14 @@ def load(out_dir, model, parts, max_iters, info):
         raise UserError(
             f"{out_dir} was trained on {found['data']['source']!r}, not on {info['data']['source']!r}; see --dataset"
         )
-    none = {"n_expert": 0, "n_noop": 0, "staged": False}  # in a model without experts
-    shape = checkpoint.differences({**none, **found["model"]}, {**none, **asdict(model.config)})
+    shape = checkpoint.differences({**defaults, **found["model"]}, {**defaults, **asdict(model.config)})
     if shape:
         raise UserError(f"the run in {out_dir} has another model: {shape}. Resume with its own options")
     may_differ = ("out_dir", "resume")
-    before, now = ({k: v for k, v in each["config"].items() if k not in may_differ} for each in (found, info))
+    before, now = (
+        {name: value for name, value in {**defaults, **each["config"]}.items() if name not in may_differ}
+        for each in (found, info)
+    )
     batch = ("batch_size", "gradient_accumulation_steps")
     changed = checkpoint.differences({name: before[name] for name in batch}, now)
     if changed:

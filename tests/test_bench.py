@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from experiments import bench
-from mod import GPTConfig, forward_flops
+from mod import GPTConfig
+from mode import forward_flops
 from train import TrainConfig
 
 TINY_BENCH = (

@@ -110,7 +110,7 @@ def place(tmp_path_factory, dataset):
     damaged("run_json", "best.json", lambda raw: b"{")
     damaged("run_list", "best.json", lambda raw: b"[]")
     damaged("run_edited", "best.json", lambda raw: raw.replace(b'"step": 3', b'"step": 4'))
-    damaged("run_format", "best.json", lambda raw: raw.replace(b'"format": 2', b'"format": 99'))
+    damaged("run_format", "best.json", lambda raw: raw.replace(b'"format": 3', b'"format": 99'))
     damaged("run_swapped", "best.json", lambda raw: (place / "dense" / "best.json").read_bytes())
     damaged("run_resume", "last.json", lambda raw: b"")
     (place / "run_resume" / "previous.json").write_bytes(b"")
@@ -155,27 +155,33 @@ ROWS = [
     ("train", "... --out_dir=weights", "weights holds a model-1.pt that is not from a run; name another folder"),
     ("train", "... --out_dir=latin", "out_dir latin cannot be a folder: "),
     ("train", "... --out_dir=latin/run", "latin is a file"),
-    ("train", "... --selection=lerned", "--selection must be one of learned, stochastic, position; got 'lerned'; did"),
+    ("train", "... --causal_method=ruter", "--causal_method must be one of predictor, router; got 'ruter'; did you"),
+    ("train", "... --variant=sigmoid", "unknown variant 'sigmoid'; did you mean sigmoid_gate?"),
+    ("train", "... --selection=stochastic", "unknown option --selection; it is called variant now"),
     ("train", "... --dtype=float8", "--dtype must be one of auto, float32, bfloat16, float16; got 'float8'"),
     ("train", "... --device=tpu9", "device 'tpu9' cannot be used here"),
     ("train", "... --device=meta", "device 'meta' cannot be used here"),
-    ("train", "... --capacity=12.5", "capacity is a fraction in (0, 1], got 12.5; for 12.5 % write 0.125"),
+    ("train", "... --capacity=12.5", "capacity is a fraction in (0, 1], got 12.5; for 12.5% write 0.125"),
     ("train", "... --capacity=-0.1", "capacity is a fraction in (0, 1], got -0.1"),
-    ("train", "... --n_head=5", "n_embd must be a multiple of n_head, got n_embd 16 and n_head 5; 15 would do"),
+    ("train", "... --n_head=5", "n_embd must be a multiple of n_head, got 16 and 5; 15 would work"),
     ("train", "... --dropout=1", "dropout is a probability in [0, 1), got 1"),
     ("train", "... --route_every=-1", "route_every is 0 (no block is routed), 1 (every block), 2, ...; got -1"),
     ("train", "... --batch_size=0", "batch_size must be a finite number, at least 1; got 0"),
     ("train", "... --learning_rate=nan", "learning_rate must be a finite number, at least 0; got nan"),
     ("train", "... --seed=18446744073709551616", "seed must be a finite number, at least 0; got 18446744073709551616"),
     ("train", "... --beta2=1", "beta2 must be in [0, 1), got 1.0"),
-    ("train", "... --max_iters=0", "give the length of the run by --max_iters or --flop_budget"),
+    ("train", "... --max_iters=0", "set the length of the run with --max_iters or --flop_budget"),
     ("train", "... --flop_budget=1", "flop_budget 1 is less than one step, which costs"),
     (
         "train",
         "... --block_size=600",
         "has 500 tokens, block_size 600 needs at least 601; use a longer text or a smaller",
     ),
-    ("train", "... --n_embd=400000", "; halve --batch_size, double --gradient_accumulation_steps: the same training"),
+    (
+        "train",
+        "... --n_embd=400000",
+        "; halve --batch_size and double --gradient_accumulation_steps, which is the same training",
+    ),
     ("train", "... --out_dir=caf\udce9", "--out_dir expects a text in UTF-8, got 'caf\\udce9'"),
     ("train", "... --vocab_size=7", "vocab_size 7 is smaller than the data set's vocabulary, 28"),
     (
@@ -196,12 +202,12 @@ ROWS = [
     ("train", "... --dataset=set_vocab", "meta.json gives two sizes of the vocabulary"),
     ("train", "... --dataset=set_beyond", "val.bin holds the token 28, beyond vocab_size 28"),
     ("train", "... --eval_only --out_dir=none", "no checkpoint"),
-    ("train", "... --eval_only --out_dir=run --dataset=other_set", "name the run's data set by --dataset"),
+    ("train", "... --eval_only --out_dir=run --dataset=other_set", "name the run's data set with --dataset"),
     ("train", "... --eval_only --out_dir=run_flipped", "is damaged: its SHA-256 is not the one in best.json"),
     (
         "train",
         "--resume",
-        "nothing to resume in out: no config.json of a run of train.py there; name its folder by --out",
+        "nothing to resume in out: it has no config.json of a run; name the run's folder with --out_dir",
     ),
     ("train", "--resume --out_dir=stranger", "nothing to resume in stranger"),
     ("train", "--resume --out_dir=run_nothing", "no checkpoint"),
@@ -255,7 +261,7 @@ ROWS = [
     ("sample", "--out_dir=run_json", "is damaged: it is not the JSON of a checkpoint; train again or use another"),
     ("sample", "--out_dir=run_list", "is damaged: it is not the JSON of a checkpoint"),
     ("sample", "--out_dir=run_edited", "best.json is damaged: its SHA-256 is not the one that it gives"),
-    ("sample", "--out_dir=run_format", "has format 99, this version of the code reads 2; train again"),
+    ("sample", "--out_dir=run_format", "has format 99, this version of the code reads 2 and 3; train again"),
     ("sample", "--out_dir=run_swapped", "is damaged: its SHA-256 is not the one in best.json"),
     ("sample", "--out_dir=run_shape", "do not fit together"),
     ("sample", "--out_dir=run_code", "holds no tensors that can be loaded safely"),
@@ -265,7 +271,7 @@ ROWS = [
     ("bench", "--against=1x96", "against is layers x width, the width in heads of 64, such as 1x64; got '1x96'"),
     ("bench", "--part=all", "part must be one of both, training, sampling; got 'all'"),
     ("bench", "--route_every=7", "route_every 7 routes none of 6 blocks; use more blocks"),
-    ("bench", "--capacity=2", "capacity is a fraction in (0, 1], got 2; for 2 % write 0.02"),
+    ("bench", "--capacity=2", "capacity is a fraction in (0, 1], got 2; for 2% write 0.02"),
     ("bench", "--part=training --device=cpu --batch_size=1000000000", "; take a smaller --batch_size or model"),
     ("bench", "--check --device=tpu9", "device 'tpu9' cannot be used here"),
     ("plot", "none", "none is not the out_dir of a run: no config.json and metrics.jsonl of train.py there"),

@@ -15,11 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-import mod
 from experiments import isoflop, known_depth, readme, report, routing, runner
-from experiments.variants import VARIANTS
 from helpers import ROOT
 from mod import GPT, GPTConfig
+from mode import forward_flops
 
 # The runner
 
@@ -220,9 +219,7 @@ def test_all_runs_of_a_budget_cost_the_same_and_name_different_folders(wanted):
     assert len({run.name for run in done}) == len(done)
     for run in done:
         config = isoflop.options(run, 84, "none", Path("none"), "cpu")
-        flops = (
-            3 * config.batch_size * mod.forward_flops(isoflop.model_config(config, {"vocab_size": 84}), run.block_size)
-        )
+        flops = 3 * config.batch_size * forward_flops(isoflop.model_config(config, {"vocab_size": 84}), run.block_size)
         assert config.batch_size * config.block_size == isoflop.TOKENS_PER_STEP
         steps = isoflop.number_of_steps(config, flops)
         assert 0.99 * run.budget < steps * flops <= run.budget
@@ -277,48 +274,6 @@ def test_a_run_reports_the_half_on_which_nothing_is_chosen_and_is_the_same_when_
 def test_a_run_that_diverges_is_a_line_without_losses(tmp_path, dataset):
     row = isoflop.execute(isoflop.Run(2e9, 2, 32, 2, learning_rate=1e18), tmp_path / "a", dataset, "cpu")
     assert row["choose"] is None and row["report"] is None
-
-
-# The models that differ in code
-
-
-@pytest.mark.parametrize("name, gate", [("no gate", lambda r: 1.0), ("sigmoid gate", torch.sigmoid)])
-@pytest.mark.parametrize("mode", ["topk", "causal"])
-def test_another_gate_changes_the_weight_of_the_update_and_nothing_else(name, gate, mode):
-    torch.manual_seed(0)
-    config = GPTConfig(block_size=32, vocab_size=8, n_layer=2, n_head=2, n_embd=16, capacity=0.25)
-    block = VARIANTS[name](config, layer=1).double().eval()
-    x = torch.randn(3, 32, 16, dtype=torch.float64)
-    y = block(x, mode)
-    for b in range(3):
-        taken = block.taken[b].nonzero().flatten().tolist()
-        expected = x[b].clone()
-        if taken:
-            update = block.update(x[b : b + 1, taken])[0]
-            for j, t in enumerate(taken):
-                expected[t] = x[b, t] + gate(block.router(x[b, t])) * update[j]
-        torch.testing.assert_close(y[b], expected, rtol=0, atol=1e-10)
-
-
-def test_the_explorer_picks_almost_at_random_at_first_and_like_mod_at_the_end():
-    torch.manual_seed(0)
-    config = GPTConfig(block_size=64, vocab_size=8, n_layer=2, n_head=2, n_embd=16)
-    block, plain = (kind(config, layer=1) for kind in (VARIANTS["explores"], mod.RoutedBlock))
-    plain.load_state_dict(block.state_dict(), strict=False)
-    x = torch.randn(16, 64, 16)
-    plain(x)
-
-    def agreement():
-        block(x)
-        return (block.taken & plain.taken).sum() / plain.taken.sum()
-
-    block.train()
-    assert agreement() < 0.6
-    block.eval()
-    assert agreement() == 1 and block.passes == 1
-    block.train()
-    block.passes += 10_000
-    assert agreement() == 1
 
 
 # Known depth
@@ -598,7 +553,7 @@ def test_a_budget_without_all_seeds_is_in_no_table_and_a_model_that_diverged_is_
 
 def test_a_claim_about_what_was_not_run_is_open():
     done = made_up([1, 1.619, 1.620, 1.621])
-    asked = [dict(capacity=c) for c in (0.0625, 0.25, 0.5)] + [dict(route_every=1), dict(selection="stochastic")]
+    asked = [dict(capacity=c) for c in (0.0625, 0.25, 0.5)] + [dict(route_every=1), dict(variant="stochastic")]
 
     def fifth():
         return report.claims(report.models_of(done), [], []).splitlines()[6]

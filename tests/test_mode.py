@@ -7,15 +7,16 @@ import signal
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import mode
 import sample
 import train
 from helpers import equal, weights_of
-from mod import MLP, Block, GPTConfig
+from mod import MLP, Block, GPTConfig, capacity_in_tokens
 from support.options import UserError
-from test_mod import EXPERTS, close, inputs, make, tokens
+from test_mod import EXPERTS, close, inputs, make, places, run, tokens
 
 experts = pytest.mark.parametrize("kind", EXPERTS, ids=["moe", "staged", "integrated"])
 biased = pytest.mark.parametrize("bias", [True, False])
@@ -63,7 +64,7 @@ def test_a_mixture_is_its_definition_gradients_included(kind, bias, routing):
     mixture = model.routed_blocks[0].mlp
     mixture.routing = routing
     x = inputs(T=12).requires_grad_()
-    k = model.config.expert_capacity_in_tokens(12)
+    k = capacity_in_tokens(model.config.expert_capacity, 12)
     p = dict(mixture.named_parameters())
     y, expected = mixture(x), reference_mixture(x, p, model.config.n_expert, k, routing)
     assert close(y, expected) and y.abs().max() > 0.01
@@ -82,16 +83,16 @@ def test_a_block_is_attention_then_experts_and_a_staged_one_gates_both(kind, rou
     model = make(**kind)
     block = model.routed_blocks[0]
     x = inputs(B=1, T=12)
-    y = block(x, routing)
+    y = run(block, x, routing)
     mixture = copy.deepcopy(block.mlp)
     if not kind.get("staged"):
-        h = x + block.attn(block.ln_1(x))
+        h = x + block.attn(block.ln_1(x), places(x))
         expected = h + mixture(block.ln_2(h))
     else:
         taken = block.taken[0].nonzero().flatten()
         assert 0 < len(taken) < 12
         part = x[:, taken]
-        h = block.attn(block.ln_1(part))
+        h = block.attn(block.ln_1(part), places(part))
         expected = x.clone()
         expected[:, taken] += block.router(part) * (h + mixture(block.ln_2(part + h)))
     assert close(y, expected)
@@ -99,7 +100,8 @@ def test_a_block_is_attention_then_experts_and_a_staged_one_gates_both(kind, rou
 
 @biased
 def test_one_expert_that_takes_all_tokens_is_the_dense_mlp(bias):
-    model = make(n_expert=1, expert_capacity=1.0, bias=bias)
+    model = make(n_expert=1, n_noop=1, expert_capacity=1.0, bias=bias)
+    model.transformer.h[1].mlp.router = nn.Linear(16, 1, bias=False).double()  # without the no-op its softmax is 1
     block = model.routed_blocks[0]
     shape = {name: value for name, value in vars(model.config).items() if name in GPTConfig.__dataclass_fields__}
     dense = Block(GPTConfig(**shape)).double()
@@ -113,7 +115,7 @@ def test_one_expert_that_takes_all_tokens_is_the_dense_mlp(bias):
         theirs["mlp.c_fc.bias"], theirs["mlp.c_proj.bias"] = ours.c_fc_bias, ours.c_proj_bias
     dense.load_state_dict(theirs)
     assert isinstance(dense.mlp, MLP)
-    assert close(block(inputs()), dense(inputs()))
+    assert close(run(block, inputs()), run(dense, inputs()))
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -121,7 +123,7 @@ def test_no_ops_alone_add_nothing():
     block = mode.MixtureBlock(mode.MoDEConfig(n_expert=0, n_noop=3, n_embd=16, n_head=2)).double()
     x = inputs()
     for routing in ("topk", "causal"):
-        assert torch.equal(block(x, routing), x + block.attn(block.ln_1(x)))
+        assert torch.equal(run(block, x, routing), x + block.attn(block.ln_1(x), places(x)))
 
 
 @experts
@@ -129,7 +131,7 @@ def test_no_ops_alone_add_nothing():
 def test_each_expert_takes_exactly_its_capacity_of_each_row(kind, T):
     model = make(**kind)
     model(tokens(T=T))
-    n = model.config.capacity_in_tokens(T) if kind.get("staged") else T
+    n = capacity_in_tokens(model.config.capacity, T) if kind.get("staged") else T
     for block in model.routed_blocks:
         assert block.mlp.taken.shape[:2] == (3, n)
         assert (block.mlp.taken.sum(dim=1) == max(1, int(model.config.expert_capacity * n))).all()
@@ -163,9 +165,9 @@ def test_the_experts_begin_as_mlps_do():
 def test_a_staged_block_that_takes_no_token_leaves_no_old_decisions():
     model = make(n_expert=3, staged=True)
     block = model.routed_blocks[0]
-    block(inputs())
+    run(block, inputs())
     block.predictor[-1].bias.data -= 1e3
-    block(inputs(), "causal")
+    run(block, inputs(), "causal")
     assert not block.taken.any() and block.mlp.taken is None
 
 
@@ -174,8 +176,8 @@ def test_a_staged_block_that_takes_no_token_leaves_no_old_decisions():
     [
         (dict(staged=True), "staged and n_noop are about experts"),
         (dict(n_noop=2), "staged and n_noop are about experts"),
-        (dict(n_expert=2, route_every=0), "no block has them"),
-        (dict(n_expert=2, n_layer=1), "no block has them"),
+        (dict(n_expert=2, route_every=0), "no block has experts"),
+        (dict(n_expert=2, n_layer=1), "no block has experts"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(tiny, options, message):
@@ -213,7 +215,7 @@ def test_the_router_of_the_experts_learns_from_the_language_model_and_the_predic
     assert all(m.router.weight.grad.abs().max() > 0 for m in mixtures)
     assert all(p.grad is None for m in mixtures for p in m.predictor.parameters())
     model.zero_grad()
-    model.aux_loss.backward()
+    model.routing_loss().backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert trained and all(".predictor." in name for name in trained)
     assert {name for name, _ in model.named_parameters() if "mlp.predictor" in name} <= trained
@@ -228,16 +230,18 @@ def test_the_auxiliary_loss_is_the_mean_over_all_who_decide(kind):
         for decider in [block, block.mlp] if kind.get("staged") else [block.mlp]:
             p = decider.logits.sigmoid()
             losses.append(-torch.where(decider.taken, p.log(), (1 - p).log()).mean())
-    assert close(model.aux_loss, torch.stack(losses).mean())
+    assert close(model.routing_loss(), torch.stack(losses).mean())
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(n_expert=-1), "n_expert and n_noop count experts"),
+        (dict(n_expert=-1), "n_expert \\+ n_noop must be at least 2, got -1 \\+ 0"),
+        (dict(n_expert=1), "the softmax over a single expert is always 1, so its router would learn nothing"),
+        (dict(n_expert=0, n_noop=1), "n_expert \\+ n_noop must be at least 2, got 0 \\+ 1"),
         (dict(n_expert=2, expert_capacity=12.5), "expert_capacity is a fraction in"),
-        (dict(n_expert=2, selection="stochastic"), "selection must be learned"),
-        (dict(n_expert=2, causal_method="router"), "causal_method predictor"),
+        (dict(n_expert=2, variant="stochastic"), "causal_method must be predictor and variant empty"),
+        (dict(n_expert=2, causal_method="router"), "causal_method must be predictor and variant empty"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, message):

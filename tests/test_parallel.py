@@ -16,7 +16,7 @@ import torch
 
 import train
 from helpers import ROOT, same, state_of, told
-from support import checkpoint, ranks
+from support import checkpoint, ranks, report
 from support import run as run_module
 from support.options import UserError
 from support.report import peak_flops
@@ -92,7 +92,7 @@ def test_two_ranks_equal_two_micro_steps_of_one_process_bit_for_bit(small, start
     [
         dict(route_every=0),
         dict(),
-        dict(selection="stochastic", dropout=0.2),
+        dict(variant="stochastic", dropout=0.2),
         dict(n_expert=2, n_noop=1),
         dict(n_expert=2, staged=True),
     ],
@@ -154,7 +154,7 @@ def test_ranks_that_were_killed_or_stopped_go_on_to_the_same_end(small, start, n
     out, _ = second.communicate(timeout=60)
     step = checkpoint.read(Path(stopped.out_dir), "last")["step"]
     assert step < 300 and (
-        number == signal.SIGKILL or out.count(f"Stopped and saved at step {step}. Go on with: torchrun") == 1
+        number == signal.SIGKILL or out.count(f"Stopped and saved at step {step}. Resume with: torchrun") == 1
     )
     assert not (Path(stopped.out_dir) / "model-300.pt").exists()
     out = finished(start(dataclasses.replace(stopped, resume=True), 2))
@@ -281,7 +281,7 @@ def test_mfu_is_shown_where_the_peak_is_known_and_nowhere_else(tiny, monkeypatch
         assert peak_flops("cuda:0", "float32") is None
     assert peak_flops("cpu", "float32") is None
     lines, seconds = [], [0.0]
-    monkeypatch.setattr(train, "peak_flops", lambda *a: 1e6)
+    monkeypatch.setattr(report, "peak_flops", lambda *a: 1e6)
     monkeypatch.setattr(train.tqdm, "set_postfix_str", lambda self, line, refresh: lines.append(line))
 
     def clock():

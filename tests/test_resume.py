@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import hypothesis
@@ -166,7 +167,7 @@ def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_to_the_same_end(tiny, where
     assert end.value.code == 130 and [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     message = capsys.readouterr().out.splitlines()[-1]
     step, command = re.fullmatch(
-        r"Stopped and saved at step (\d+)\. Go on with: python train\.py (.*)", message
+        r"Stopped and saved at step (\d+)\. Resume with: python train\.py (.*)", message
     ).groups()
     assert checkpoint.read(Path(config.out_dir), "last")["step"] == int(step) < 12
     for name in checkpoint.NAMES:
@@ -376,12 +377,12 @@ def test_a_folder_is_locked_before_anything_in_it_is_read_or_changed(tiny, monke
     train.train(tiny)
     original, met = getattr(run_module, moment), []
 
-    def meanwhile(*args):
+    def meanwhile(*args, **options):
         if not met:
             met.append(moment)
             with pytest.raises(UserError, match="another train.py is at work"):
                 train.train(dataclasses.replace(tiny, resume=True))
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(run_module, moment, meanwhile)
     train.train(dataclasses.replace(tiny, resume=moment == "load"))
@@ -540,15 +541,17 @@ def test_a_save_that_breaks_off_leaves_the_last_checkpoint_whole(tiny, monkeypat
 @hypothesis.given(st.data())
 def test_any_option_comes_back_from_the_command_line_and_from_the_saved_config(data):
     field = data.draw(st.sampled_from(dataclasses.fields(TrainConfig)))
+    choices = typing.get_args(field.type)
+    kind = str if choices else field.type
     values = {
         bool: st.booleans(),
         int: st.integers(-(2**70), 2**70),
         float: st.floats(allow_nan=False),
-        str: st.sampled_from(field.metadata["choices"] or ["", "x"]) if field.metadata["choices"] else st.text(),
-    }[field.type]
+        str: st.sampled_from(choices) if choices else st.text(),
+    }[kind]
     value = data.draw(values)
     config = load(TrainConfig, [f"--{field.name}={value}"], "")
-    assert getattr(config, field.name) == value and type(getattr(config, field.name)) is field.type
+    assert getattr(config, field.name) == value and type(getattr(config, field.name)) is kind
     saved = json.loads(json.dumps(dataclasses.asdict(config)))
     assert TrainConfig(**saved) == config
     preset = load(TrainConfig, [], "", base=lambda given: saved)
@@ -621,3 +624,48 @@ def test_a_step_that_is_saved_twice_leaves_both_checkpoints_whole(tiny):
         stop_in(dataclasses.replace(config, resume=True), ("learning_rate_at", 1), [signal.SIGINT, signal.SIGINT])
     last, previous = (checkpoint.read(Path(config.out_dir), name) for name in ("last", "previous"))
     assert last["step"] == previous["step"] == 6 and last["rows"][-1]["step"] == 6
+
+
+def saved_as(out_dir, change):
+    """Rewrite the JSONs of a run, with hashes that fit, as if another version of the code had saved it."""
+    for name in checkpoint.NAMES:
+        info = json.loads((Path(out_dir) / f"{name}.json").read_text(encoding="utf-8"))
+        del info["sha256"]
+        change(info)
+        checkpoint.commit(Path(out_dir), name, info)
+
+
+@pytest.mark.parametrize("variant, selection", [("", "learned"), ("stochastic", "stochastic")])
+def test_a_run_of_format_2_is_read_and_resumed(tiny, variant, selection):
+    whole = dataclasses.replace(tiny, variant=variant)
+    train.train(whole)
+    half = dataclasses.replace(whole, out_dir=whole.out_dir + "-half")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "report", lambda row, n: str(row["step"] == 3 and os.kill(os.getpid(), signal.SIGTERM)))
+        train.train(half)
+
+    def before(info):
+        info["format"] = 2
+        for part in ("model", "config"):
+            del info[part]["variant"]
+            info[part]["selection"] = selection
+
+    saved_as(half.out_dir, before)
+    assert checkpoint.load(Path(half.out_dir), "best", "cpu")[0].config.variant == variant
+    train.main(["--resume", f"--out_dir={half.out_dir}"])
+    assert same(state_of(half), state_of(whole))
+    assert checkpoint.read(Path(half.out_dir), "last")["format"] == checkpoint.FORMAT
+
+
+def test_an_option_that_did_not_exist_when_a_run_was_saved_counts_as_its_default(tiny, capsys):
+    train.train(tiny)
+
+    def before(info):
+        del info["model"]["variant"], info["config"]["variant"], info["config"]["grad_clip"]
+
+    saved_as(tiny.out_dir, before)
+    resume = ["--resume", f"--out_dir={tiny.out_dir}"]
+    assert "another model: variant was , now sigmoid_gate" in told(train, [*resume, "--variant=sigmoid_gate"])
+    capsys.readouterr()
+    train.main([*resume, "--grad_clip=0.5"])
+    assert "Not exactly the run that stopped: grad_clip was 1.0, now 0.5" in capsys.readouterr().out

@@ -87,7 +87,7 @@ def test_show_depth_marks_each_character_with_the_number_of_blocks_that_took_it(
 
 
 def test_each_sample_has_its_own_marks(tiny, monkeypatch, capsys):
-    train.train(dataclasses.replace(tiny, selection="stochastic", n_layer=4, capacity=0.5))
+    train.train(dataclasses.replace(tiny, variant="stochastic", n_layer=4, capacity=0.5))
     follow, taken = sample.follow, []
 
     def other_decisions_for_the_second(*args):
@@ -154,3 +154,15 @@ def test_a_dense_model_samples_too(tiny, capsys):
     train.train(dataclasses.replace(tiny, route_every=0))
     sample.main([f"--out_dir={tiny.out_dir}", "--device=cpu", "--max_new_tokens=40", "--top_p=0.9"])
     assert "a token went through 2.00 of 2 blocks (100%)" in capsys.readouterr().err
+
+
+def test_weights_in_bfloat16_give_a_text_too_and_routing_keeps_float32(tiny, monkeypatch):
+    train.train(tiny)
+    models, follow = [], sample.follow
+    monkeypatch.setattr(sample, "follow", lambda model, *args: (models.append(model), follow(model, *args))[1])
+    for dtype, stored in (("bfloat16", torch.bfloat16), ("float32", torch.float32), ("auto", torch.float32)):
+        config = sample.SampleConfig(out_dir=tiny.out_dir, max_new_tokens=30, device="cpu", dtype=dtype)
+        assert len(sample.sample(config)[0]) == 31
+        model = models.pop()
+        assert model.transformer.wte.weight.dtype == stored
+        assert model.routed_blocks[0].router.weight.dtype == model.routed_blocks[0].logits.dtype == torch.float32

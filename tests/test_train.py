@@ -13,7 +13,8 @@ import sample
 import train
 from data.shakespeare_char import prepare
 from helpers import ROOT, equal, run
-from mod import GPT, GPTConfig, forward_flops
+from mod import GPT, GPTConfig
+from mode import forward_flops
 from support import checkpoint
 from support.data import load_dataset, training_batch
 from support.evaluation import evaluate
@@ -97,7 +98,7 @@ def test_a_run_is_adamw_over_the_batches_of_its_steps(tiny):
         x, y = (torch.cat(part) for part in zip(*batches_of(data["train"], step, config)))
         _, loss = model(x, y)
         optimizer.zero_grad()
-        (loss + 0.3 * model.aux_loss).backward()
+        (loss + 0.3 * model.routing_loss()).backward()
         for kind in (True, False):
             group = [p.grad for name, p in named.items() if ("predictor" in name) == kind]
             norm = torch.sqrt(sum((grad**2).sum() for grad in group))
@@ -170,7 +171,7 @@ def test_it_learns(tiny):
 # Each option, with a value that differs from that of `tiny`: what comes out of the run must differ too.
 OTHER_VALUES = dict(
     eval_interval=2, eval_iters=1, block_size=8, vocab_size=40, n_layer=3, n_head=4, n_embd=32, dropout=0.0, bias=True,
-    capacity=0.5, route_every=1, selection="stochastic", causal_method="router", predictor_hidden=5, max_iters=7,
+    capacity=0.5, route_every=1, variant="stochastic", causal_method="router", predictor_hidden=5, max_iters=7,
     flop_budget=4e6, batch_size=5, gradient_accumulation_steps=2, learning_rate=1e-2, min_lr=1e-3, decay_lr=False,
     warmup_iters=3, weight_decay=0.5, beta1=0.8, beta2=0.9, grad_clip=0.01, aux_weight=0.5, seed=2, dtype="bfloat16",
     n_expert=2, n_noop=2, expert_capacity=0.5, staged=True,
@@ -199,6 +200,8 @@ def test_no_option_is_left_out_above():
         "init_from",
         "wandb",
     }  # in the tests around
+    missing = {field.name for field in dataclasses.fields(TrainConfig)} - OTHER_VALUES.keys() - elsewhere
+    assert not missing, f"add a value of {missing} that changes the run to OTHER_VALUES, or test it and name it here"
     assert OTHER_VALUES.keys() | elsewhere == {field.name for field in dataclasses.fields(TrainConfig)}
     assert {field.name for field in dataclasses.fields(GPTConfig)} <= OTHER_VALUES.keys()
 
@@ -241,7 +244,7 @@ def test_eval_only_gives_the_best_checkpoints_loss_and_changes_no_file(tiny, tmp
     (tmp_path / "text").write_text("0123456789" * 50)
     prepare.main(["--input", str(tmp_path / "text"), "--out", str(tmp_path / "other")])
     with pytest.raises(
-        UserError, match="was trained on 'text.txt', .* holds 'text'; name the run's data set by --dataset"
+        UserError, match="was trained on 'text.txt', but .* holds 'text'; name the run's data set with --dataset"
     ):
         train.train(dataclasses.replace(tiny, eval_only=True, dataset=str(tmp_path / "other")))
 
@@ -313,9 +316,9 @@ def test_evaluation_is_over_fixed_windows_of_the_whole_split(tiny):
     assert math.isclose(result["taken"][0], np.mean(taken), abs_tol=1e-4)
 
 
-@pytest.mark.parametrize("selection", ["learned", "stochastic", "position"])
-def test_evaluating_twice_gives_the_same_and_leaves_the_training_mode(tiny, selection):
-    config = dataclasses.replace(tiny, selection=selection, dropout=0.5)
+@pytest.mark.parametrize("variant", ["", "stochastic", "position", "exploring_noise"])
+def test_evaluating_twice_gives_the_same_and_leaves_the_training_mode(tiny, variant):
+    config = dataclasses.replace(tiny, variant=variant, dropout=0.5)
     _, data = load_dataset(config.dataset, config.block_size)
     model = GPT(train.model_config(config, {"vocab_size": 28}))
     first, second = (evaluate(model, data["val"], config.batch_size, config.eval_iters) for _ in range(2))

@@ -1,0 +1,169 @@
+"""
+Routed blocks that change one thing about the one in mod.py:
+
+    python train.py config/shakespeare_mod.py --variant=sigmoid_gate
+
+To try an idea, write a class and add its name at the end of the file. The name is part of the model's config, so a
+checkpoint records it.
+"""
+
+import difflib
+import math
+
+import torch
+
+from mod import RoutedBlock, capacity_in_tokens
+
+# Other gates, routers and scores
+
+
+class NoGate(RoutedBlock):
+    """
+    Adds the update as it is. The language-model loss then never reaches the router, which stays random. (Not for
+    several GPUs: DistributedDataParallel refuses parameters without a gradient.)
+    """
+
+    def gate(self, r):
+        return torch.ones_like(r)
+
+
+class SigmoidGate(RoutedBlock):
+    """Squashes the gate to (0, 1), as many re-implementations do. The ranking stays the same."""
+
+    def gate(self, r):
+        return r.sigmoid()
+
+
+class LoudRouter(RoutedBlock):
+    """Router weights are 10 times as large from the first step, and learn 10 times as fast."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.router.register_forward_hook(lambda router, x, r: 10 * r)
+
+
+class ExploringNoise(RoutedBlock):
+    """Adds noise to the scores in training, at first far more than they vary; it halves every 250 passes."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.register_buffer("passes", torch.zeros(()))  # a buffer, so a resumed run continues with it
+
+    def scores(self, r):
+        if not self.training:
+            return r
+        noise = 3 * 0.5 ** (self.passes / 250)
+        self.passes += 1
+        return r + noise * r.detach().std() * torch.randn_like(r)
+
+
+# Controls: which tokens to take is not learned. The causal decision is a fixed number for each position.
+
+
+class Control(RoutedBlock):
+    has_routing_loss = False
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        rule = self.make_rule(config.block_size, self.capacity, layer)
+        self.register_buffer("rule", rule, persistent=False)  # (block_size,)
+
+    def causal_logits(self, x, r, positions):
+        return self.rule[positions]
+
+
+class Stochastic(Control):
+    """
+    Top-k of Gaussian noise, new in each pass. Causal: each position is taken with probability `capacity`, drawn once
+    per block, because a token's fate must not change as the text grows.
+    """
+
+    def make_rule(self, block_size, capacity, layer):
+        return capacity - torch.rand(block_size, generator=torch.Generator().manual_seed(layer))
+
+    def scores(self, r):
+        return torch.randn_like(r)
+
+
+class Position(Control):
+    """Evenly spaced positions in every sequence, with top-k and causally: at 12.5% tokens 7, 15, 23, ..."""
+
+    def make_rule(self, block_size, capacity, layer):
+        ends = [math.floor(i * capacity + 1e-9) for i in range(block_size + 1)]
+        # The slope only matters if T < 1 / capacity: top-k has to take one token and takes the first.
+        return torch.tensor([b - a - (i + 1) / (block_size + 1) for i, (a, b) in enumerate(zip(ends, ends[1:]))])
+
+    def scores(self, r):
+        return self.logits
+
+
+# Other blocks, capacities and causal rules
+
+
+class AttentionOnly(RoutedBlock):
+    """Routes attention only; the MLP processes every token."""
+
+    def update(self, x, positions, cache=None):
+        return self.attn(self.ln_1(x), positions, cache)
+
+    def forward(self, x, positions, routing="topk", cache=None):
+        x = super().forward(x, positions, routing, cache)
+        return x + self.mlp(self.ln_2(x))
+
+    def update_flops(self, T):
+        return self.attn.flops(T)
+
+    def flops(self, T, taken=None):
+        return super().flops(T, taken) + self.mlp.flops(T)
+
+
+class FallingCapacity(RoutedBlock):
+    """Early routed blocks take almost twice the capacity, late ones almost none; `capacity` is about the mean."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.capacity = min(1.0, 2 * config.capacity * (1 - layer / config.n_layer))
+
+
+class ExpertThreshold(RoutedBlock):
+    """
+    Without predictor and routing loss: a token is taken if its router weight exceeds a moving average of the smallest
+    weight that top-k took in training. arXiv:2603.11535 does this for experts.
+    """
+
+    has_routing_loss = False
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.register_buffer("mean", torch.zeros(2))  # of the threshold, and of the number 1
+
+    def scores(self, r):
+        if self.training:
+            smallest = r.detach().topk(capacity_in_tokens(self.capacity, r.size(1)), dim=1).values[:, -1]  # (B,)
+            self.mean.lerp_(torch.stack([smallest.mean(), torch.ones_like(smallest[0])]), 0.05)
+        return r
+
+    def causal_logits(self, x, r, positions):
+        return r - self.mean[0] / self.mean[1].clamp(min=1e-6)  # the ratio: both averages begin at 0
+
+
+VARIANTS = {
+    "no_gate": NoGate,
+    "sigmoid_gate": SigmoidGate,
+    "loud_router": LoudRouter,
+    "exploring_noise": ExploringNoise,
+    "stochastic": Stochastic,
+    "position": Position,
+    "attention_only": AttentionOnly,
+    "falling_capacity": FallingCapacity,
+    "expert_threshold": ExpertThreshold,
+}
+
+
+def named(name):
+    """The class with this name. Raises ValueError for an unknown one."""
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(VARIANTS)}"
+        raise ValueError(f"unknown variant {name!r}{hint}")
+    return VARIANTS[name]
