@@ -253,7 +253,11 @@ def capacity_in_tokens(capacity, T):
 
 
 def no_autocast(x):
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # the meta device has no autocast
+    """A context without autocast on the device of x, where it is on."""
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def linear_flops(module, T):
