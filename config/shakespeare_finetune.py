@@ -4,8 +4,8 @@
 #
 # As it stands it fine-tunes the dense model. With --route_every=2 every other block becomes a routed one with a router
 # and a predictor that begin at random: a MoD model that begins with most of what GPT-2 knows disturbed, and has to mend
-# it. No closeness to GPT-2 is promised. Never run here with GPT-2's weights: no download was at hand. README.md has
-# what a small model gave.
+# it. No closeness to GPT-2 is promised. Never run here with GPT-2's weights: no download was at hand.
+# docs/scaling.md has what a small model gave.
 out_dir = "out-shakespeare-finetune"
 init_from = "out-gpt2"
 dataset = "shakespeare"

@@ -1,6 +1,6 @@
 """
-Draws the pictures of results/ and puts its figures into README.md and results/README.md, between the lines
-`<!-- results: NAME -->` and `<!-- end -->`:
+Draws the pictures of results/ and puts its figures into README.md, docs/speed.md and results/README.md, between the
+lines `<!-- results: NAME -->` and `<!-- end -->`:
 
     python -m experiments.readme
 """
@@ -17,7 +17,7 @@ from experiments import isoflop, known_depth, report, routing, runner
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-FILES = (ROOT / "README.md", RESULTS / "README.md")
+FILES = (ROOT / "README.md", ROOT / "docs" / "speed.md", RESULTS / "README.md")
 
 
 def measured():

@@ -29,7 +29,7 @@ from support.options import UserError, load
 from train import TrainConfig
 
 forks = pytest.mark.skipif(sys.platform != "linux", reason="kills processes, many and therefore forked ones")
-KILLS = int(os.environ.get("KILLS", 10))  # at random moments; the README reports a run with 200
+KILLS = int(os.environ.get("KILLS", 10))  # at random moments; docs/resuming.md reports a run with 200
 
 
 def in_a_process(work, *args):
