@@ -14,10 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws to a file, needs no screen
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure  # not pyplot, which would need a screen or change a notebook's settings
 
 AXES = {
     "flops": ("flops", "training FLOPs"),
@@ -106,14 +103,16 @@ def table(groups):
     return "\n".join(lines)
 
 
-def spread(values):
-    mean = f"{statistics.mean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+def spread(values, form="{:.3f}"):
+    """Mean ± standard deviation."""
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def draw(groups, x, path):
     key, label = AXES[x]
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for i, (name, group) in enumerate(groups):
         for run in group:
             axes.plot(
@@ -131,7 +130,6 @@ def draw(groups, x, path):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from support import checkpoint, ranks, run
 from support.data import load_dataset, seed_of, training_batch
 from support.evaluation import autocast, evaluate
 from support.options import UserError, at_least, errors_in_one_line, load, pick_device, pick_dtype
-from support.report import ProgressLine, describe, report, versions
+from support.report import ProgressLine, describe, import_wandb, report, versions
 
 
 @dataclass
@@ -110,7 +110,7 @@ def train(config):
     config = dataclasses.replace(config, max_iters=number_of_steps(config, step_flops))
     optimizer = configure_optimizer(model, config)
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
-    state = {"optimizer": optimizer, "scaler": scaler}
+    stateful = {"optimizer": optimizer, "scaler": scaler}
     tokens = " and ".join(f"{len(split):,} {name}" for name, split in data.items())
     print(f"{meta['source']}: {tokens} tokens, a vocabulary of {meta['vocab_size']}")
     print(describe(model, config.device, config.dtype, config.compile == "True"))
@@ -129,7 +129,7 @@ def train(config):
         with ranks.main_first():
             held.enter_context(run.only_run_in(out_dir))
             if config.resume:
-                progress = run.load(out_dir, model, state, config.max_iters, info, defaults=asdict(TrainConfig()))
+                progress = run.load(out_dir, model, stateful, config.max_iters, info, defaults=asdict(TrainConfig()))
             elif ranks.is_main():
                 run.keep_earlier_run(out_dir)
             if ranks.is_main():
@@ -162,7 +162,7 @@ def train(config):
                         raise Diverged("validation loss", row["val_loss_causal"], step)
                     rows.append(row)
                     progress.loss_sum = progress.aux_sum = 0.0
-                    run.save(out_dir, model, state, progress, info, stop)
+                    run.save(out_dir, model, stateful, progress, info, stop)
                     if ranks.is_main():
                         tqdm.write(report(row, config.max_iters))
                     if logger:
@@ -179,7 +179,7 @@ def train(config):
         line.close()
         if logger:
             logger.finish()
-        if progress.saved != progress.step and not run.save(out_dir, model, state, progress, info, stop):
+        if progress.saved != progress.step and not run.save(out_dir, model, stateful, progress, info, stop):
             raise UserError(f"the run ends at step {step:,} without a checkpoint of it; make space, then --resume")
         if not rows or rows[-1]["step"] < config.max_iters:
             launcher = "torchrun (with the options it had)" if ranks.under_torchrun() else "python"
@@ -312,14 +312,6 @@ def resolve(config):
     if compiled == "auto":  # elsewhere it needs a C++ compiler or gains little
         compiled = str(device.startswith("cuda") and sys.platform == "linux")
     return dataclasses.replace(config, device=device, dtype=pick_dtype(config.dtype, device), compile=compiled)
-
-
-def import_wandb():
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs Weights & Biases: pip install wandb") from None
-    return wandb
 
 
 def model_config(config, meta):

@@ -194,7 +194,7 @@ def gpu(done):
     return [run for b, sizes in GPU_SIZES.items() for run in compared(b, sizes, done)]
 
 
-SETS = {"smoke": smoke, "laptop": laptop, "full": full, "gpu": gpu, "experts": experts, "draw": runner.nothing}
+SETS = {"smoke": smoke, "laptop": laptop, "full": full, "gpu": gpu, "experts": experts, "draw": lambda done: []}
 
 
 # One run
@@ -205,23 +205,11 @@ def options(run, vocabulary, dataset, out_dir, device):
     config = TrainConfig(
         out_dir=str(out_dir),
         dataset=dataset,
-        n_layer=run.n_layer,
+        **{name: value for name, value in asdict(run).items() if name != "budget"},
         n_head=run.n_embd // HEAD_SIZE,
-        n_embd=run.n_embd,
-        block_size=run.block_size,
-        route_every=run.route_every,
-        capacity=run.capacity,
-        variant=run.variant,
-        causal_method=run.causal_method,
-        n_expert=run.n_expert,
-        n_noop=run.n_noop,
-        expert_capacity=run.expert_capacity,
-        staged=run.staged,
         batch_size=TOKENS_PER_STEP // run.block_size,
         flop_budget=run.budget,
-        learning_rate=run.learning_rate,
         min_lr=run.learning_rate / 10,
-        seed=run.seed,
         eval_iters=1,  # what counts is evaluated once, at the end, by `execute`
         device=device,
         dtype="float32",

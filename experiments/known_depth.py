@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 
 from experiments import report, runner
 from mod import GPT, GPTConfig, evaluating
+from plot import spread
 from support.data import seed_of
 from support.options import errors_in_one_line
 from train import TrainConfig, clip_gradients, configure_optimizer, learning_rate_at
@@ -205,8 +206,8 @@ def table(models):
             f"{model['forward_flops_per_token']:,.0f}",
             f"{model['steps']:,}",
             f"{model.run.learning_rate:g}",
-            report.spread([one["accuracy_causal"] for one in found], "{:.3f}"),
-            report.spread([one["accuracy_topk"] for one in found], "{:.3f}") if recall[0] else "same",
+            spread([one["accuracy_causal"] for one in found]),
+            spread([one["accuracy_topk"] for one in found]) if recall[0] else "same",
             ", ".join(recall),
             ", ".join(precision),
         ]
@@ -254,7 +255,7 @@ def draw(models, path):
 
 
 def main(argv=None):
-    sets = {"all": wanted, "draw": runner.nothing}
+    sets = {"all": wanted, "draw": lambda done: []}
     args = runner.arguments(__doc__.split(":")[0], sets, "out-known-depth").parse_args(argv)
     with errors_in_one_line("known_depth.py", "try fewer --jobs"):
         done = runner.run_all(sets[args.set], Run, execute, args.results, args.jobs)

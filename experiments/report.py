@@ -10,6 +10,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure  # no pyplot: it draws to files, and leaves a notebook's own drawing alone
 
 from experiments.runner import FRESH, SEEDS, loss_for_choice
+from plot import spread
 from support.checkpoint import write_whole
 
 LOOKS = {
@@ -56,12 +57,6 @@ class Model:
     def deviation(self):
         """Standard deviation over seeds; None for one."""
         return statistics.stdev(self.losses()) if len(self.rows) > 1 else None
-
-
-def spread(values, form="{:.4f}"):
-    """Mean ± standard deviation."""
-    mean = form.format(statistics.mean(values))
-    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def models_of(done):
@@ -183,8 +178,8 @@ def size_and_losses(model):
         f"{model['forward_flops_per_token']:,.0f}",
         f"{model['steps']:,}",
         f"{model.run.learning_rate:g}",
-        spread(model.losses()),
-        spread(model.losses("topk")) if model.run.route_every else "same",
+        spread(model.losses(), "{:.4f}"),
+        spread(model.losses("topk"), "{:.4f}") if model.run.route_every else "same",
     ]
 
 
@@ -203,8 +198,8 @@ def ablation_table(models):
                 name,
                 f"{model['forward_flops_per_token']:,.0f}",
                 f"{model.run.learning_rate:g}",
-                spread(model.losses()),
-                spread(model.losses("topk")) if model.run.route_every else "same",
+                spread(model.losses(), "{:.4f}"),
+                spread(model.losses("topk"), "{:.4f}") if model.run.route_every else "same",
                 f"{taken:.1%}",
                 "" if model is rival else signed(difference(model, rival)),
             ]

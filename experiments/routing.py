@@ -20,6 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments import isoflop, report, runner
+from plot import spread
 from support.data import windows
 from support.options import errors_in_one_line
 
@@ -176,7 +177,7 @@ def table(rows):
         costs = [100 * (c / t - 1) for c, t in zip(causal, topk)]
         half = report.T_95[len(costs)] * statistics.stdev(costs) / math.sqrt(len(costs)) if len(costs) > 2 else math.inf
         cost = report.signed((statistics.mean(costs), half))
-        lines.append(f"| {T} | {report.spread(topk)} | {report.spread(causal)} | {cost} |")
+        lines.append(f"| {T} | {spread(topk, '{:.4f}')} | {spread(causal, '{:.4f}')} | {cost} |")
     return "\n".join(lines)
 
 
@@ -270,7 +271,7 @@ def draw(rows, path):
 
 
 def main(argv=None):
-    sets = {"all": wanted, "draw": runner.nothing}
+    sets = {"all": wanted, "draw": lambda done: []}
     args = runner.arguments(__doc__.split("\n\n")[0].strip(), sets, "out-routing").parse_args(argv)
     with errors_in_one_line("routing.py", "try fewer --jobs"):
         train_one = args.set != "draw" and isoflop.prepared(execute, args.results, "shakespeare_works", "cpu")

@@ -164,8 +164,3 @@ def at_least_one(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a whole number, at least 1; got {text!r}")
     return int(text)
-
-
-def nothing(done):
-    """The set `draw`."""
-    return []

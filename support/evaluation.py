@@ -40,8 +40,8 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
         agree = sum((taken == predicted).sum() for taken, predicted in decisions)
         hit = sum((taken & predicted).sum() for taken, predicted in decisions)
         member = sum(taken.sum() for taken, _ in decisions)
-        made = sum(taken.numel() for taken, _ in decisions)
-        counts = [agree, hit, member, made, *(block.taken.sum() for block in routed)]
+        total = sum(taken.numel() for taken, _ in decisions)
+        counts = [agree, hit, member, total, *(block.taken.sum() for block in routed)]
         counts = torch.stack([torch.as_tensor(count, device=device) for count in counts])
         measured[i] = torch.stack([causal_loss, topk_loss]) * len(x), counts
     # One row per batch, filled in by the rank that has it, then summed over the ranks. So the sum of the rows is the
@@ -53,14 +53,14 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
     if ranks.any_rank(stop is not None and stop.requested):
         return None
     columns = zip(*ranks.sum_over_ranks(table).tolist())
-    causal, topk, agree, hit, member, made, *taken = (sum(column) for column in columns)
+    causal, topk, agree, hit, member, total, *taken = (sum(column) for column in columns)
     result = {"val_loss_causal": causal / n_windows, "val_loss_topk": topk / n_windows}
     if routed:
         result["taken"] = [round(tokens_taken / (n_windows * T), 5) for tokens_taken in taken]
-    if made:
-        capacity = member / made
+    if total:
+        capacity = member / total
         result |= {
-            "predictor_accuracy": agree / made,
+            "predictor_accuracy": agree / total,
             "predictor_base_rate": max(capacity, 1 - capacity),
             "predictor_recall": hit / member,
         }

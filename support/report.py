@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from mode import MoDE, forward_flops
 from support import ranks
+from support.options import UserError
 
 # FLOPs per second at most, in matrix products of 16-bit numbers: the makers' figures, without sparsity.
 PEAK_FLOPS = {
@@ -99,3 +100,11 @@ class ProgressLine:
 
     def close(self):
         self.bar.close()
+
+
+def import_wandb():
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs Weights & Biases: pip install wandb") from None
+    return wandb

@@ -117,13 +117,13 @@ def keep_earlier_run(out_dir):
         print(f"{out_dir} holds an earlier run: moved to {shown} (to go on with it instead: --resume)")
 
 
-def load(out_dir, model, parts, max_iters, info, defaults):
+def load(out_dir, model, stateful, max_iters, info, defaults):
     """
-    Put the run's last whole checkpoint into the model and `parts`; returns its Progress.
+    Put the run's last whole checkpoint into the model and `stateful`; returns its Progress.
 
-    parts: what else has a state_dict, as {"optimizer": ..., "scaler": ...}. info: what this run would save beside it;
-    prints every option or version that changed. defaults: the value of each option, for those that did not exist when
-    the run was saved. Raises UserError if the run cannot continue like this; then nothing has changed.
+    stateful: what else has a state_dict, as {"optimizer": ..., "scaler": ...}. info: what this run saves beside it, in
+    order to print every option or version that changed. defaults: the value of each option, for those that did not
+    exist when the run was saved. Raises UserError if the run cannot continue like this; then nothing has changed.
     """
     found, damage = last_whole(out_dir)
     if damage:
@@ -152,8 +152,8 @@ def load(out_dir, model, parts, max_iters, info, defaults):
         print(f"Not exactly the run that stopped: {changed}")
     state = checkpoint.tensors(out_dir, found, "optimizer")
     model.load_state_dict(checkpoint.tensors(out_dir, found, "model"))
-    state["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]  # options may have changed
-    for name, part in parts.items():
+    state["optimizer"]["param_groups"] = stateful["optimizer"].state_dict()["param_groups"]  # options may have changed
+    for name, part in stateful.items():
         if state.get(name):  # empty: of a scaler that was not in use
             part.load_state_dict(state[name])
     # Where the last one was damaged, the one before it takes its place: or the next save would make the damaged one
@@ -169,11 +169,11 @@ def load(out_dir, model, parts, max_iters, info, defaults):
     return Progress(step, found["rows"], best, saved=step, **state["progress"])
 
 
-def save(out_dir, model, parts, progress, info, stop):
+def save(out_dir, model, stateful, progress, info, stop):
     """
     Save the run as it is now; True if it worked. Where the disk has no room, there may be some the next time.
 
-    parts: as in `load`. info: what else goes into the checkpoint's JSON. stop: the Stop in force.
+    stateful: as in `load`. info: what else goes into the checkpoint's JSON. stop: the Stop in force.
     """
     if not ranks.is_main():
         progress.saved = progress.step
@@ -181,7 +181,7 @@ def save(out_dir, model, parts, progress, info, stop):
     rows, step = progress.rows, progress.step
     loss = rows[-1]["val_loss_causal"] if rows and rows[-1]["step"] == step else math.inf
     sums = {name: getattr(progress, name) for name in ("loss_sum", "aux_sum", "train_seconds")}
-    state = {**{name: part.state_dict() for name, part in parts.items()}, "progress": sums}
+    state = {**{name: part.state_dict() for name, part in stateful.items()}, "progress": sums}
     try:
         write_metrics(out_dir, rows)
         checkpoint.save(out_dir, step, model, state, loss < progress.best, {**info, "rows": rows})
