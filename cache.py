@@ -52,8 +52,8 @@ class Slots:
     """
     Where a pass stores its T new tokens: row i of the pass is row rows[i] of the cache and continues at start[i].
 
-    A pass either reads a prompt into empty rows or one token per row. All ordinary blocks store the same tokens and
-    share one Slots; a routed block makes its own.
+    There are only two kinds of pass: a prompt into empty rows, or one token per row. So either all rows start at 0 or
+    T is 1. All ordinary blocks store the same tokens and share one Slots; a routed block makes its own.
     """
 
     def __init__(self, rows, start, T, batch_size, device):
@@ -79,12 +79,12 @@ class View:
         Store the new k and v (n, nh, T, hs). Tokens beyond a row's count are padding.
 
         Returns all keys and values of these rows (n, nh, S, hs), and the mask that hides the unused end of shorter
-        rows. The mask is None if all rows have the same length: then one token sees everything, and for a prompt the
-        caller masks causally.
+        rows. The mask is None if all rows had the same length before: then one token sees everything, and for a prompt
+        the caller masks causally.
         """
         layer, slots = self.layer, self.slots
         layer.reserve(slots.end, k)
-        if slots.mask is not None:  # two index tensors around a slice give (n, 1, nh, hs)
+        if slots.mask is not None:  # with two index tensors, PyTorch puts their dimension first: (n, 1, nh, hs)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         layer.k[slots.new], layer.v[slots.new] = k, v  # padding too: the row's next tokens overwrite it
         for row, n in zip(slots.rows, self.counts):

@@ -119,7 +119,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
     def update(self, x, positions, cache=None):
-        """What `forward` adds to x, without x itself: f in equation (1)."""
+        """What `forward` adds to x, without x itself: f in equation (1). Change both alike; a test compares them."""
         h = self.attn(self.ln_1(x), positions, cache)
         return h + self.mlp(self.ln_2(x + h))
 
@@ -156,12 +156,16 @@ class RoutedBlock(Block):
         super().__init__(config)
         self.capacity = config.capacity
         self.router = nn.Linear(config.n_embd, 1, bias=False)
-        self.predictor = None
-        if self.has_routing_loss and config.causal_method == "predictor":
-            self.predictor = nn.Sequential(
-                nn.Linear(config.n_embd, config.predictor_hidden), nn.GELU(), nn.Linear(config.predictor_hidden, 1)
-            )
+        self.predictor = self.make_predictor(config)
         self.taken = self.logits = None
+
+    def make_predictor(self, config):
+        """The module that predicts top-k, or None if nothing trains it."""
+        if not self.has_routing_loss or config.causal_method == "router":
+            return None
+        return nn.Sequential(
+            nn.Linear(config.n_embd, config.predictor_hidden), nn.GELU(), nn.Linear(config.predictor_hidden, 1)
+        )
 
     def forward(self, x, positions, routing="topk", cache=None):
         # Routing keeps the precision of the router's weights, also under autocast and in a bfloat16 model. bfloat16
@@ -184,7 +188,7 @@ class RoutedBlock(Block):
         return picked
 
     def process_causal(self, x, r, positions, cache=None):
-        """Equation (1) for the tokens with positive logits. Sequences take different numbers; those with none skip."""
+        """Process the tokens with positive logits. Sequences take different numbers of them; those with none skip."""
         self.taken = self.logits > 0  # (B, T)
         counts = self.taken.sum(dim=1).tolist()  # the shapes below depend on the data, so the CPU waits for them here
         rows = [row for row, n in enumerate(counts) if n > 0]
@@ -198,7 +202,10 @@ class RoutedBlock(Block):
         return self.process(x, r, picked, positions, cache, rows if len(rows) < len(x) else None)
 
     def process(self, x, r, picked, positions, cache=None, rows=None):
-        """Equation (1) for x (B, T, C): adds the gated updates of the picked tokens (B, k). rows: only in these."""
+        """
+        Equation (1): adds to x (B, T, C) the gated updates of the picked tokens (B, k). rows: the sequences that take
+        any token, None: all.
+        """
         B, T, C = x.shape
         gate = self.gate(r).masked_fill(~self.taken, 0.0).gather(1, picked)  # (B, k)
         positions = positions.gather(1, picked)  # (B, k)
@@ -222,7 +229,7 @@ class RoutedBlock(Block):
         return r
 
     def causal_logits(self, x, r, positions):
-        """Positive for the tokens to take, decided for each token without seeing later ones (B, T)."""
+        """Positive for the tokens to take (B, T), decided for each token from its x (B, T, C) and position (B, T)."""
         if self.predictor is None:
             return r  # no stop-gradient: the routing loss trains the router, and the blocks before it
         # The stop-gradient (§3.5): the predictor learns about the language model without disturbing it.
@@ -353,8 +360,9 @@ class GPT(nn.Module):
 
     def flops(self, T, taken=None):
         """
-        FLOPs of a forward pass over one sequence of T tokens, exactly as PyTorch's FlopCounterMode counts them: matrix
-        products only, attention as a full T x T. A training step costs three times as much by convention.
+        FLOPs of a forward pass over one sequence of T tokens, exactly as PyTorch's FlopCounterMode counts them on the
+        meta device (it misses a CPU's fused attention): matrix products only, attention as a full T x T. By convention
+        a training step costs three times as much.
 
         taken: None for a top-k pass. For a causal pass, the number of tokens that each routed block took; in a batch, a
         block computes the largest of its rows' counts for each row that takes any. With experts see mode.py.

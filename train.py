@@ -92,6 +92,7 @@ def train(config):
     and raises KeyboardInterrupt. With config.resume it continues the run in out_dir with exactly these options; the
     command line fills in the run's own.
     """
+    # Saved as asked for, because "auto" may mean something else on the machine where the run is resumed.
     asked = {name: getattr(config, name) for name in ("device", "dtype", "compile")}
     config = resolve(config)
     if config.eval_only:
@@ -221,7 +222,8 @@ def training_step(model, wrapped, optimizer, scaler, tokens, step, config):
     ranks.sum_over_ranks(losses)
     scaler.unscale_(optimizer)
     norm = clip_gradients(model, config.grad_clip or math.inf)
-    # In float16 a gradient may overflow. The scaler then skips the update and lowers its scale.
+    # In float16 a gradient may overflow. The scaler then skips the update and halves its scale. Below 1 that helps no
+    # more: the run has diverged.
     may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1 and losses[0].isfinite()
     # Check before the update, otherwise divergence shows only at the next evaluation. This waits for the device.
     if not may_overflow and not norm.isfinite():

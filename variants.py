@@ -4,7 +4,9 @@ Routed blocks that change one thing about the one in mod.py:
     python train.py config/shakespeare_mod.py --variant=sigmoid_gate
 
 To try an idea, write a class and add its name at the end of the file. The name is part of the model's config, so a
-checkpoint records it.
+checkpoint records it. Keep the attribute names `router` and `predictor`: train.py clips the gradients of predictors
+separately, and both stay float32 when cache.py stores a model in bfloat16. A variant without a predictor draws fewer
+random numbers, so the same seed gives it other initial weights.
 """
 
 import difflib
@@ -90,7 +92,8 @@ class Position(Control):
 
     def make_rule(self, block_size, capacity, layer):
         ends = [math.floor(i * capacity + 1e-9) for i in range(block_size + 1)]
-        # The slope only matters if T < 1 / capacity: top-k has to take one token and takes the first.
+        # Positive where a token is taken, negative elsewhere. The slope lets top-k take the first token where no number
+        # is positive, in sequences shorter than 1 / capacity.
         return torch.tensor([b - a - (i + 1) / (block_size + 1) for i, (a, b) in enumerate(zip(ends, ends[1:]))])
 
     def scores(self, r):
@@ -135,16 +138,18 @@ class ExpertThreshold(RoutedBlock):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.register_buffer("mean", torch.zeros(2))  # of the threshold, and of the number 1
+        self.register_buffer("mean", torch.zeros(()))  # moving average of the smallest weights; it begins at 0
+        self.register_buffer("weight", torch.zeros(()))  # moving average of the number 1, which corrects for that
 
     def scores(self, r):
         if self.training:
             smallest = r.detach().topk(capacity_in_tokens(self.capacity, r.size(1)), dim=1).values[:, -1]  # (B,)
-            self.mean.lerp_(torch.stack([smallest.mean(), torch.ones_like(smallest[0])]), 0.05)
+            self.mean.lerp_(smallest.mean(), 0.05)
+            self.weight.lerp_(torch.ones_like(self.weight), 0.05)
         return r
 
     def causal_logits(self, x, r, positions):
-        return r - self.mean[0] / self.mean[1].clamp(min=1e-6)  # the ratio: both averages begin at 0
+        return r - self.mean / self.weight.clamp(min=1e-6)
 
 
 VARIANTS = {

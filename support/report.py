@@ -53,7 +53,9 @@ def report(row, max_iters):
 def describe(model, device, dtype, compiled):
     c, routed = model.config, len(model.routed_blocks)
     variant = f", {c.variant}" if c.variant else ""
-    kind = f"MoD ({routed} of {c.n_layer} blocks routed at {c.capacity:.1%} capacity{variant})" if routed else "Dense"
+    shares = sorted({getattr(block, "capacity", c.capacity) for block in model.routed_blocks}, reverse=True)
+    capacity = " to ".join(f"{share:.1%}" for share in dict.fromkeys((*shares[:1], *shares[-1:])))
+    kind = f"MoD ({routed} of {c.n_layer} blocks routed at {capacity} capacity{variant})" if routed else "Dense"
     if routed and isinstance(model, MoDE):
         noops = f" and {c.n_noop} no-ops" if c.n_noop else ""
         what = f"{c.n_expert} experts at {c.expert_capacity:.1%} capacity{noops}"
