@@ -194,7 +194,19 @@ def gpu(done):
     return [run for b, sizes in GPU_SIZES.items() for run in compared(b, sizes, done)]
 
 
-SETS = {"smoke": smoke, "laptop": laptop, "full": full, "gpu": gpu, "experts": experts, "draw": lambda done: []}
+def long(done):
+    """Width 64, trained ten times longer than at 1e13: MoD against the same model without its routed blocks."""
+    runs = [
+        Run(1e14, n_layer, 64, route_every, rate, seed)
+        for seed in SEEDS[:2]
+        for rate in (2.5e-3, 1.25e-3, 5e-3)
+        for n_layer, route_every in ((4, 2), (2, 0))
+    ]
+    return [run for run in runs if run not in done]
+
+
+SETS = {"smoke": smoke, "laptop": laptop, "full": full, "long": long, "gpu": gpu, "experts": experts}
+SETS["draw"] = lambda done: []  # nothing new
 
 
 # One run
