@@ -10,6 +10,7 @@ import torch
 import train
 from support import checkpoint
 
+torch.set_num_threads(1)  # as in conftest.py, which the processes that a test starts do not import
 ROOT = Path(__file__).resolve().parents[1]
 
 
