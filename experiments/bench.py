@@ -1,12 +1,12 @@
 """
-Does the clock follow the FLOPs? A Mixture-of-Depths GPT against a dense one, training and sampling:
+Do saved FLOPs become saved time? A Mixture-of-Depths GPT against a dense one, in training and sampling:
 
     python -m experiments.bench
     python -m experiments.bench --n_layer=12 --n_head=12 --n_embd=768 --block_size=512 --part=sampling
     python -m experiments.bench --check --device=mps
 
-Predicts first, then measures: both models in turn, medians, warm-up apart. The last line is JSON. --check compares the
-device's results with the CPU's instead, for devices that nobody has tried yet.
+Predicts, then measures: both models in turn, medians, without the warm-up. The last line is JSON. --check compares the
+results of an untested device with the CPU's instead.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -41,20 +41,20 @@ class BenchConfig:
     vocab_size: int = 65  # vocabulary
     capacity: float = GPTConfig.capacity  # share of the tokens that a routed block processes
     route_every: int = GPTConfig.route_every  # 2: every other block is routed
-    n_expert: int = 0  # experts in each routed block, see mode.py; with them only training is measured
+    n_expert: int = 0  # experts in each routed block, see mode.py; only for training
     n_noop: int = 0  # no-op experts beside them
     expert_capacity: float = MoDEConfig.expert_capacity  # share of a block's tokens that each expert takes
     staged: bool = False  # True: staged MoDE
-    against: str = ""  # shape of the dense GPT, as 1x96 (layers x width); empty: that of the other model
+    against: str = ""  # shape of the dense GPT, layers x width as in 1x96; empty: the same shape
     part: Literal["both", "training", "sampling"] = "both"  # what to measure
     batch_size: int = 16  # training: sequences per step; sampling is measured with batches of 1 and 16
     new_tokens: int = 64  # sampling: tokens to generate after a prompt of block_size - new_tokens
     repeats: int = 10  # timed training steps, or generated texts, of each model
     warmup: int = 2  # untimed ones before them
-    device: str = "auto"  # auto (the best there is), cpu, cuda, mps, ...
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the GPU has it
+    device: str = "auto"  # auto (the best available), cpu, cuda, mps, ...
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the GPU has it
     compile: Literal["auto", "True", "False"] = "auto"  # compile training; auto: on CUDA under Linux
-    check: bool = False  # compare the device with the CPU on the operations of routing, and stop
+    check: bool = False  # only compare the device's results with the CPU's
 
 
 def main(argv=None):
@@ -66,33 +66,30 @@ def main(argv=None):
 
 
 def bench(options):
-    """The figures as a dict; times in seconds, *_ratio is MoD over dense, *_speedup dense time over MoD time."""
+    """The results as a dict; times in seconds, *_ratio is MoD over dense, *_speedup dense time over MoD time."""
     for name, least in (("batch_size", 1), ("repeats", 1), ("warmup", 0), ("route_every", 1), ("new_tokens", 1)):
         if getattr(options, name) < least:
             raise UserError(f"{name} must be at least {least}, got {getattr(options, name)}")
+    kind = config_class(asdict(options))
     if options.part != "training" and options.new_tokens >= options.block_size:
         raise UserError(f"new_tokens must leave room for a prompt in block_size {options.block_size}; make it smaller")
-    kind = config_class(asdict(options))
-    if kind is MoDEConfig and options.part != "training":
-        raise UserError("sampling is measured without experts; with them take --part=training")
+    if options.part != "training" and kind is MoDEConfig:
+        raise UserError("sampling is measured without experts; with experts use --part=training")
+    if options.route_every > options.n_layer:
+        raise UserError(f"route_every {options.route_every} routes none of {options.n_layer} blocks; use more blocks")
     names = {field.name for field in dataclasses.fields(kind)} & asdict(options).keys()
     try:
         mod = kind(**{name: getattr(options, name) for name in names}, bias=False)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if options.route_every > options.n_layer:
-        raise UserError(f"route_every {options.route_every} routes none of {options.n_layer} blocks; use more blocks")
     configs = {"mod": mod, "dense": dense_config(mod, options.against)}
     machine = resolve(TrainConfig(device=options.device, dtype=options.dtype, compile=options.compile))
-    figures = {}
-    if options.part != "sampling":
-        figures |= bench_training(configs, options, machine)
-    if options.part != "training":
-        figures |= bench_sampling(configs, options, machine)
+    on_gpu = machine.device.startswith("cuda")
     return {
-        **figures,
+        **(bench_training(configs, options, machine) if options.part != "sampling" else {}),
+        **(bench_sampling(configs, options, machine) if options.part != "training" else {}),
         **asdict(options),
-        "device": torch.cuda.get_device_name(machine.device) if machine.device.startswith("cuda") else machine.device,
+        "device": torch.cuda.get_device_name(machine.device) if on_gpu else machine.device,
         "dtype": machine.dtype,
         "compile": machine.compile,
         "threads": torch.get_num_threads(),
@@ -101,41 +98,32 @@ def bench(options):
 
 
 def dense_config(mod, shape):
-    """The dense GPT to compare with: of the given shape, with heads of the same size."""
+    """The dense GPT to compare with: of the given shape, such as "1x96", with heads of the same size as MoD's."""
     if not shape:
         return dataclasses.replace(mod, route_every=0)
-    n_layer, _, n_embd = shape.partition("x")
     head_size = mod.n_embd // mod.n_head
-    if not (
-        n_layer.isdecimal() and n_embd.isdecimal() and int(n_layer) and int(n_embd) and int(n_embd) % head_size == 0
-    ):
+    n_layer, _, n_embd = (int(part) if part.isdecimal() else 0 for part in shape.partition("x"))
+    if not n_layer or not n_embd or n_embd % head_size:
         raise UserError(
             f"against is layers x width, the width in heads of {head_size}, such as 1x{head_size}; got {shape!r}"
         )
-    n_layer, n_embd = int(n_layer), int(n_embd)
     return dataclasses.replace(mod, route_every=0, n_layer=n_layer, n_embd=n_embd, n_head=n_embd // head_size)
 
 
 def in_turn(measure, options):
-    """
-    measure(name, repeat) for MoD and dense in turn, so that what slows the machine slows both; the warm-up apart.
-
-    Returns, per model, the list of what it returned.
-    """
+    """measure(name, repeat) of both models in turn, so a disturbance hits both: {name: results after the warm-up}."""
     results = {"mod": [], "dense": []}
     for repeat in tqdm(range(options.warmup + options.repeats), disable=None, leave=False):
         for name, kept in results.items():
-            result = measure(name, repeat)
-            if repeat >= options.warmup:
-                kept.append(result)
-    return results
+            kept.append(measure(name, repeat))
+    return {name: kept[options.warmup :] for name, kept in results.items()}
 
 
 def clocked(work, device):
-    """The seconds that work() takes, and what it returns."""
+    """The seconds that work() takes, and its result."""
 
     def synchronize():
-        if torch.device(device).type != "cpu":  # a GPU works on while Python goes ahead
+        if torch.device(device).type != "cpu":  # a GPU computes while Python continues
             torch.accelerator.synchronize(torch.device(device))
 
     synchronize()
@@ -157,7 +145,7 @@ def bench_training(configs, options, machine):
     seconds = in_turn(lambda name, repeat: clocked(steps[name], machine.device)[0], options)
     mod, dense = statistics.median(seconds["mod"]), statistics.median(seconds["dense"])
     print(f"Training, measured:  {mod:.4f} s against {dense:.4f} s, ratio {mod / dense:.3f}")
-    print(f"The clock is at {mod / dense / flop_ratio:.2f} times the FLOP ratio")
+    print(f"The time ratio is {mod / dense / flop_ratio:.2f} times the FLOP ratio")
     return {
         "train_time_ratio": round(mod / dense, 4),
         "train_flop_ratio": round(flop_ratio, 4),
@@ -193,47 +181,44 @@ def bench_sampling(configs, options, machine):
     limits = Limits.measured(machine)
     print(f"This device: {limits.peak / 1e9:,.0f} GFLOP/s in matrix products, reads {limits.bandwidth / 1e9:,.1f} GB/s")
     models = {name: sampling_model(config, machine) for name, config in configs.items()}
-    figures = {B: sampling_figures(B, models, limits, options, machine) for B in (1, 16)}
-    return {**figures[1], "batch_16": figures[16], **asdict(limits)}
+    results = {B: sample_batch(B, models, limits, options, machine) for B in (1, 16)}
+    return {**results[1], "batch_16": results[16], **asdict(limits)}
 
 
-def sampling_figures(B, models, limits, options, machine):
-    """Both models, each generating B texts at once."""
+def sample_batch(B, models, limits, options, machine):
+    """Measure both models, each generating B texts at once."""
     config = models["mod"].config
     length = options.block_size - options.new_tokens / 2  # of the texts, on average
     predicted = expected_step(models["dense"].config, B, length, limits) / expected_step(config, B, length, limits)
     print(f"Sampling {B:2} at once, predicted: {predicted:.2f} times as fast at best, if {config.capacity:.1%} enter")
     runs = in_turn(lambda name, seed: generate(models[name], B, seed, limits, options, machine), options)
-    figures = {}
+    results = {}
     for name, kept in runs.items():
-        step, ideal_step, prefill, cache_bytes = (
-            statistics.median(run[key] for run in kept)
-            for key in ("step_seconds", "ideal_step_seconds", "prefill_seconds", "cache_bytes")
-        )
-        figures[name] = {
-            "tokens_per_second": round(B / step, 2),
-            "ideal_tokens_per_second": round(B / ideal_step, 2),
-            "prefill_seconds": round(prefill, 5),
-            "cache_bytes": int(cache_bytes),
+        median = {key: statistics.median(run[key] for run in kept) for key in kept[0]}
+        results[name] = {
+            "tokens_per_second": round(B / median["step_seconds"], 2),
+            "ideal_tokens_per_second": round(B / median["ideal_step_seconds"], 2),
+            "prefill_seconds": round(median["prefill_seconds"], 5),
+            "cache_bytes": int(median["cache_bytes"]),
         }
-    mod, dense = figures["mod"], figures["dense"]
+    mod, dense = results["mod"], results["dense"]
     ratios = {
         "decode_speedup": round(mod["tokens_per_second"] / dense["tokens_per_second"], 4),
         "decode_ideal_speedup": round(mod["ideal_tokens_per_second"] / dense["ideal_tokens_per_second"], 4),
         "prefill_speedup": round(dense["prefill_seconds"] / mod["prefill_seconds"], 4),
         "cache_bytes_ratio": round(mod["cache_bytes"] / dense["cache_bytes"], 4),
-        # A pass over the prompt against a step; the whole window would take a little longer.
+        # A pass over the prompt against a step. Over the whole window it would take a little longer.
         "cache_speedup": round(mod["prefill_seconds"] / B * mod["tokens_per_second"], 2),
         "taken": round(statistics.mean(run["taken"] for run in runs["mod"]), 4),
     }
     print(
         f"Sampling {B:2} at once, measured:  {ratios['decode_speedup']:.2f} times as fast "
-        f"({mod['tokens_per_second']:,.1f} against {dense['tokens_per_second']:,.1f} tokens/s); "
-        f"{ratios['decode_ideal_speedup']:.2f} at best, as {ratios['taken']:.1%} entered; "
-        f"prefill {ratios['prefill_speedup']:.2f} times as fast, {ratios['cache_bytes_ratio']:.2f} of the cache bytes; "
-        f"without a cache, reading the prompt again for each token, {ratios['cache_speedup']:.1f} times as long"
+        f"({mod['tokens_per_second']:,.1f} against {dense['tokens_per_second']:,.1f} tokens/s), at best "
+        f"{ratios['decode_ideal_speedup']:.2f}; {ratios['taken']:.1%} entered; "
+        f"prefill {ratios['prefill_speedup']:.2f} times as fast; {ratios['cache_bytes_ratio']:.2f} of the cache bytes; "
+        f"without a cache {ratios['cache_speedup']:.1f} times as long"
     )
-    return {**ratios, **figures}
+    return {**ratios, **results}
 
 
 def sampling_model(config, machine):
@@ -242,7 +227,7 @@ def sampling_model(config, machine):
     model = set_dtype(GPT(config).to(machine.device), getattr(torch, machine.dtype)).eval()  # as sample.py does
     idx = torch.randint(config.vocab_size, (8, config.block_size), device=machine.device)
     with torch.no_grad():
-        for block in model.routed_blocks:  # in this order: what a block takes changes what the later ones see
+        for block in model.routed_blocks:  # in order, because each block changes what the later ones see
             model(idx, routing="causal")
             block.predictor[-1].bias -= block.logits.float().quantile(1 - config.capacity)
     return model
@@ -276,10 +261,10 @@ def generate(model, B, seed, limits, options, machine):
 @dataclass
 class Limits:
     """
-    What the device can do, measured: FLOP/s in large matrix products, bytes/s read from its main memory.
+    The roofline of this device: measured FLOP/s of large matrix products, and bytes/s read from main memory.
 
-    From them the time of a step at best. It leaves out what each operation costs however small it is, and that is most
-    of a small model's time; and a model that fits into the device's caches can be read faster.
+    It gives the shortest possible time of a step. The fixed cost of each operation is left out, which is most of a
+    small model's time, and a model that fits into the device's caches can be read faster.
     """
 
     peak: float
@@ -291,22 +276,22 @@ class Limits:
         dtype, on_cpu = getattr(torch, machine.dtype), torch.device(machine.device).type == "cpu"
         n = 2048 if on_cpu else 8192
         a = torch.randn(n, n, device=machine.device, dtype=dtype)
-        big = torch.zeros(2**26 if on_cpu else 2**29, device=machine.device)  # 256 MiB, 2 GiB: no cache holds it
+        big = torch.zeros(2**26 if on_cpu else 2**29, device=machine.device)  # 256 MiB or 2 GiB, larger than any cache
         product = min(clocked(lambda: a @ a, machine.device)[0] for _ in range(5))
         read = min(clocked(lambda: big.sum(), machine.device)[0] for _ in range(5))
         return Limits(2 * n**3 / product, big.nbytes / read, a.element_size())
 
     def seconds(self, flops, numbers):
-        """The least time for these FLOPs and for reading that many numbers: the larger of the two."""
+        """The shortest time for these FLOPs and for reading that many numbers: the larger of the two."""
         return max(flops / self.peak, numbers * self.itemsize / self.bandwidth)
 
     def block(self, config, rows, held):
-        """One block's step for `rows` rows whose caches hold `held` tokens together; weights are read once for all."""
+        """A step of one block, for `rows` rows with `held` tokens in their caches; weights are read once for all."""
         C = config.n_embd
         return self.seconds(24 * rows * C * C + 4 * C * held, 12 * C * C + 2 * C * held) if rows else 0.0
 
     def rest(self, config, B):
-        """The predictors, and the head."""
+        """The predictors and the head."""
         C, h = config.n_embd, config.predictor_hidden
         routed = sum(config.is_routed(layer) for layer in range(config.n_layer))
         decision, head = C + C * h + h, C * config.vocab_size
@@ -314,18 +299,17 @@ class Limits:
 
 
 def ideal_step(config, lengths, limits):
-    """The least time of a step: mean over the steps that were made, each block with the rows that entered it."""
-    B, steps = len(lengths[0][0]), len(lengths) - 1
+    """The shortest time of a step, each block with the rows that entered it; the mean over the measured steps."""
     total = 0.0
     for before, after in zip(lengths, lengths[1:]):
         for old, new in zip(before, after):
             held = [n for n, o in zip(new, old) if n > o]  # of the rows that entered
             total += limits.block(config, len(held), sum(held))
-    return total / steps + limits.rest(config, B)
+    return total / (len(lengths) - 1) + limits.rest(config, len(lengths[0][0]))
 
 
 def expected_step(config, B, length, limits):
-    """The same in advance, for texts of `length` tokens, if each row enters a routed block with P = capacity."""
+    """The same predicted, for texts of `length` tokens whose rows enter a routed block with P = capacity."""
     c = config.capacity
     some = 1 - (1 - c) ** B  # the probability that any row enters
     routed = sum(config.is_routed(layer) for layer in range(config.n_layer))
@@ -338,7 +322,7 @@ def expected_step(config, B, length, limits):
 
 
 def check(options):
-    """Compare the device with the CPU on what routing needs. Prints a line for each, returns how many are different."""
+    """Compare the device with the CPU on what routing needs. Prints a line for each, returns how many differ."""
     device = pick_device(options.device)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=256, vocab_size=65, n_layer=4, n_head=2, n_embd=128))  # head size 64, as in GPT-2
@@ -348,14 +332,11 @@ def check(options):
     r, x, idx = torch.randn(4, 256), torch.randn(4, 256, 128), torch.randint(65, (4, 256))
     index = r.topk(32, dim=1).indices.sort(dim=1).values[:, :, None].expand(-1, -1, 128)
 
-    def gradient(name):
-        def work(model, idx):
-            model.zero_grad()
-            _, loss = model(idx, idx)
-            (loss + model.routing_loss()).backward()
-            return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if name in n])
-
-        return work
+    def gradient(model, idx, name):
+        model.zero_grad()
+        _, loss = model(idx, idx)
+        (loss + model.routing_loss()).backward()
+        return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if name in n])
 
     def step_by_step(model, idx):
         cache = KVCache(model.config, len(idx))
@@ -368,9 +349,9 @@ def check(options):
         "gather": (lambda x, index: x.gather(1, index), x, index),
         "scatter-add": (lambda x, index: x.scatter_add(1, index, x.gather(1, index)), x, index),
         "a top-k pass": (lambda model, idx: model(idx)[0], model, idx),
-        "gradient of the trunk": (gradient("transformer"), model, idx),
-        "gradient of the routers": (gradient("router"), model, idx),
-        "gradient of the predictors": (gradient("predictor"), model, idx),
+        "gradient of the trunk": (lambda model, idx: gradient(model, idx, "transformer"), model, idx),
+        "gradient of the routers": (lambda model, idx: gradient(model, idx, "router"), model, idx),
+        "gradient of the predictors": (lambda model, idx: gradient(model, idx, "predictor"), model, idx),
         "a causal pass": (lambda model, idx: model(idx, routing="causal")[0], model, idx),
         "with the cache, one text": (step_by_step, model, idx[:1]),
         "with the cache, four texts": (step_by_step, model, idx),

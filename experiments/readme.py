@@ -1,5 +1,5 @@
 """
-Draws the pictures of results/ and puts its figures into README.md, docs/speed.md and results/README.md, between the
+Draws the pictures of results/ and writes the tables of README.md, docs/speed.md and results/README.md, between the
 lines `<!-- results: NAME -->` and `<!-- end -->`:
 
     python -m experiments.readme
@@ -21,82 +21,62 @@ FILES = (ROOT / "README.md", ROOT / "docs" / "speed.md", RESULTS / "README.md")
 
 
 def measured():
-    """Models of isoflop.py, lines of routing.py, models of known_depth.py, figures of bench.py, runs of the presets."""
-    timed = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "bench").glob("*.json"))]
-    timed.sort(key=lambda figures: (figures["n_layer"], figures.get("n_expert", 0), figures.get("train_flop_ratio", 0)))
+    """What results/ holds: models of isoflop.py, lines of routing.py, models of known_depth.py, bench.py, presets."""
+    timed = [json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / "bench").glob("*.json")]
     return (
         report.models_of(runner.read(RESULTS / "isoflop", isoflop.Run)),
         routing.ordered(runner.read(RESULTS / "routing", isoflop.Run)),
         known_depth.ordered(runner.read(RESULTS / "known_depth", known_depth.Run)),
-        timed,
-        [plot.read_run(path) for path in sorted((RESULTS / "shakespeare_cpu").glob("*-*"))],
+        sorted(timed, key=lambda f: (f["n_layer"], f.get("n_expert", 0), f.get("train_flop_ratio", 0))),
+        plot.group_by_setting([plot.read_run(path) for path in sorted((RESULTS / "shakespeare_cpu").glob("*-*"))]),
     )
 
 
 def blocks(models, learned, known, timed, presets):
     """The generated parts, {NAME: text}."""
     return {
-        "presets": plot.table(plot.group_by_setting(presets)),
+        **report.tables(models),
+        **routing.tables(learned),
+        "known depth": known_depth.table(known),
+        "claims": report.claims(models, learned, timed),
         "training speed": training_speed(timed),
         "sampling speed": sampling_speed(timed),
-        "claims": report.claims(models, learned, timed),
-        "isoflop": report.table(models),
-        "crossover": report.crossover(models),
-        "changes": report.ablation_table(models),
-        "experts": report.expert_table(models),
-        "lengths": routing.table(learned),
-        "preferences": routing.preferences(learned),
-        "depths": routing.depths(learned),
-        "known depth": known_depth.table(known),
+        "presets": plot.table(presets),
     }
 
 
 def training_speed(timed):
     """Step times of bench.py, against a dense GPT."""
-    lines = ["| model | batch | FLOPs / dense | time / dense | time / FLOPs |", "|---|--:|--:|--:|--:|"]
-    for figures in timed:
-        if figures["part"] != "sampling":
-            flops, seconds = figures["train_flop_ratio"], figures["train_time_ratio"]
-            cells = [f"{flops:.2f}", f"{seconds:.2f}", f"{seconds / flops:.2f}"]
-            name = f"{kind(figures)} {shape(figures)}"
-            if figures.get("against"):
-                name += f", against dense {figures['against'].replace('x', ' x ')}"
-            lines.append(f"| {name} | {figures['batch_size']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = []
+    for figures in (figures for figures in timed if figures["part"] != "sampling"):
+        kind = "MoD"
+        if figures.get("n_expert"):
+            kind = "staged MoDE" if figures["staged"] else "integrated MoDE" if figures["n_noop"] else "MoE"
+        against = f", against dense {figures['against'].replace('x', '×')}" if figures.get("against") else ""
+        ratios = figures["train_flop_ratio"], figures["train_time_ratio"]
+        ratios = [f"{ratio:.2f}" for ratio in (*ratios, ratios[1] / ratios[0])]
+        rows.append([f"{kind} {shape(figures)}{against}", figures["batch_size"], *ratios])
+    return report.markdown(":model | batch | FLOPs / dense | time / dense | time / FLOPs", rows)
 
 
 def sampling_speed(timed):
-    """Sampling of bench.py, MoD against the dense GPT of the same shape."""
-    lines = [
-        "| model | texts at once | tokens/s, MoD | tokens/s, dense | times as fast | at best "
-        "| MoD, dense, of their best | entered | cache / dense | no cache, times as long |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for figures in timed:
-        if figures["part"] != "training":
-            for texts, part in ((1, figures), (16, figures["batch_16"])):
-                both = part["mod"], part["dense"]
-                cells = [
-                    *(f"{model['tokens_per_second']:,.0f}" for model in both),
-                    f"**{part['decode_speedup']:.2f}**",
-                    f"{part['decode_ideal_speedup']:.2f}",
-                    ", ".join(f"{model['tokens_per_second'] / model['ideal_tokens_per_second']:.0%}" for model in both),
-                    f"{part['taken']:.1%}",
-                    f"{part['cache_bytes_ratio']:.2f}",
-                    f"{part['cache_speedup']:.0f}",
-                ]
-                lines.append(f"| {shape(figures)} | {texts} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def kind(figures):
-    if not figures.get("n_expert"):
-        return "MoD"
-    return "staged MoDE" if figures["staged"] else "integrated MoDE" if figures["n_noop"] else "MoE"
+    """Sampling speeds of bench.py, MoD against the dense GPT of the same shape."""
+    rows = []
+    for figures in (figures for figures in timed if figures["part"] != "training"):
+        for texts, part in ((1, figures), (16, figures["batch_16"])):
+            speeds = [part[name]["tokens_per_second"] for name in ("mod", "dense")]
+            best = [part[name]["ideal_tokens_per_second"] for name in ("mod", "dense")]
+            cells = [shape(figures), texts, *(f"{speed:,.0f}" for speed in speeds)]
+            cells += [f"**{part['decode_speedup']:.2f}**", f"{part['decode_ideal_speedup']:.2f}"]
+            cells += [", ".join(f"{speed / limit:.0%}" for speed, limit in zip(speeds, best)), f"{part['taken']:.1%}"]
+            rows.append([*cells, f"{part['cache_bytes_ratio']:.2f}", f"{part['cache_speedup']:.0f}"])
+    columns = ":model | texts at once | tokens/s, MoD | tokens/s, dense | times as fast | at best"
+    columns += " | MoD, dense, of their best | entered | cache / dense | no cache, times as long"
+    return report.markdown(columns, rows)
 
 
 def shape(figures):
-    return f"{figures['n_layer']} x {figures['n_embd']}, context {figures['block_size']}"
+    return f"{figures['n_layer']}×{figures['n_embd']}, context {figures['block_size']}"
 
 
 def filled(text, parts):
@@ -111,10 +91,10 @@ def filled(text, parts):
 
 def main():
     models, learned, known, timed, presets = measured()
-    report.write(models, RESULTS / "isoflop")
+    report.draw(models, RESULTS / "isoflop")
     routing.draw(learned, RESULTS / "routing" / "routing.png")
     known_depth.draw(known, RESULTS / "known_depth" / "known_depth.png")
-    plot.draw(plot.group_by_setting(presets), "flops", RESULTS / "shakespeare_cpu" / "losses.png")
+    plot.draw(presets, "flops", RESULTS / "shakespeare_cpu" / "losses.png")
     parts = blocks(models, learned, known, timed, presets)
     for path in FILES:
         path.write_text(filled(path.read_text(encoding="utf-8"), parts), encoding="utf-8", newline="\n")

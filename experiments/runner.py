@@ -1,16 +1,15 @@
 """
-Runs a declared set of training runs, several at once, and keeps what they say.
+Trains a declared set of runs, several at once, and keeps their results.
 
-Each finished run is a line of RESULTS/runs.jsonl. What stands there is not trained again; stopped (Ctrl-C, SIGTERM) and
-started anew, a set goes on inside the runs that were under way, if `execute` can.
+Each finished run is a line of RESULTS/runs.jsonl and is not trained again. Ctrl-C or SIGTERM stops a set, and the same
+command resumes it: inside its unfinished runs if `execute` saves checkpoints, otherwise these are finished first.
 
-A run is a frozen dataclass with learning_rate, seed, budget and name. A set is a function that gets what is done, as
-{run: line}, and returns the runs that are wanted next; it is asked again after each run, so it may depend on results.
+A run is a frozen dataclass with learning_rate, seed, budget and name. A set is a function that gets the finished runs,
+{run: line}, and returns the runs that it needs next. It is called again after each run, so it may depend on results.
 """
 
 import argparse
 import concurrent.futures
-import contextlib
 import json
 import math
 import multiprocessing
@@ -24,16 +23,17 @@ from tqdm import tqdm
 
 from support.options import UserError
 
-SEEDS = (1, 2, 3, 4)  # the first chooses learning rates, and which models the others are worth
-FRESH = (5, 6, 7, 8, 9, 10)  # of the models that are compared in the end, when all choices are made
+SEEDS = (1, 2, 3, 4)  # the first one chooses learning rates, and which models get the others
+FRESH = (5, 6, 7, 8, 9, 10)  # of the models in the final comparison, trained when all choices are made
 FACTOR = 2  # between two learning rates
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def search(run, done):
     """
-    `run` at its best learning rate, and the runs that are still needed to know it.
+    Search for the best learning rate: returns `run` with the best one so far, and the runs that are still needed.
 
-    From the rate that it has on, in steps of FACTOR, as long as a neighbour is better, so the best one is no edge.
+    The search moves by FACTOR while a neighbour is better, so the best rate has a worse one on both sides.
     """
     while True:
         near = [replace(run, learning_rate=run.learning_rate * factor) for factor in (1 / FACTOR, 1, FACTOR)]
@@ -45,12 +45,21 @@ def search(run, done):
 
 
 def seeds(run, done, wanted=SEEDS[1:]):
-    """`run` with those of the seeds that are still missing."""
+    """`run` with each of the seeds that are still missing."""
     return [again for seed in wanted if (again := replace(run, seed=seed)) not in done]
 
 
+def tuned(runs, done):
+    """The runs that are still needed to have each of `runs` at its best learning rate with all SEEDS."""
+    todo = []
+    for run in runs:
+        best, missing = search(run, done)
+        todo += missing or seeds(best, done)
+    return todo
+
+
 def loss_for_choice(run, done):
-    """The causal loss on the data that is for choosing; a run that diverged has none."""
+    """The causal loss on the data for choosing; infinite if the run diverged or is missing."""
     row = done.get(run)
     return row["choose"]["val_loss_causal"] if row and row["choose"] else math.inf
 
@@ -66,33 +75,33 @@ def read(results, run_class):
             done[run_class(**row["run"])] = row
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(
-                f"line {number} of {path} is no run ({error}); delete it, and it is trained again"
+                f"line {number} of {path} is not a run ({error}); delete it to train the run again"
             ) from None
     return done
 
 
 def run_all(wanted, run_class, execute, results, jobs):
     """
-    Train what `wanted` asks for until it asks for nothing more; returns {run: line}.
+    Train what the set `wanted` asks for until it asks for nothing more; returns {run: line}.
 
-    execute(run, folder) trains one run, in a process of its own, and returns its line; folder is for what it keeps on
-    the way, to go on from. Where one run fails the others under way are finished first.
+    execute(run, folder) trains one run in a process of its own and returns its line; the folder is for its checkpoints.
+    If a run fails, the others under way are finished first.
     """
     done = read(results, run_class)
     if not wanted(done):
         return done
     results.mkdir(parents=True, exist_ok=True)
-    stopped = []  # signals
+    stopped = []  # signals received
 
     def ask_to_stop(number, frame):
         if stopped:
-            raise KeyboardInterrupt("Stopped at once; the lines of finished runs are whole")
+            raise KeyboardInterrupt("Stopped at once; the lines of finished runs are complete")
         stopped.append(number)
-        if number == signal.SIGTERM:  # for us alone; a Ctrl-C reaches the workers too
+        if number == signal.SIGTERM:  # only this process gets it; a Ctrl-C reaches the workers too
             for process in multiprocessing.active_children():
-                process.terminate()  # a training run saves then (Windows knows no such request: there it is lost)
+                process.terminate()  # `train` then saves (Windows kills the worker, and its run starts again)
 
-    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, ask_to_stop) for number in SIGNALS}
     bar = tqdm(unit="FLOP", unit_scale=True, initial=cost(done), disable=None, dynamic_ncols=True, smoothing=0)
     context = multiprocessing.get_context("spawn")
     running, failed = {}, None
@@ -105,8 +114,9 @@ def run_all(wanted, run_class, execute, results, jobs):
                         running[pool.submit(execute, run, results / "under-way" / run.name)] = run
                 if not running:
                     break
-                bar.total = cost({*done, *todo, *running.values()})
-                bar.set_postfix_str(f"{len(done)} runs done, at least {len({*todo, *running.values()})} missing")
+                missing = {*todo, *running.values()}
+                bar.total = cost({*done, *missing})
+                bar.set_postfix_str(f"{len(done)} runs done, at least {len(missing)} missing")
                 for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
                     run = running.pop(future)
                     if future.exception():
@@ -124,7 +134,7 @@ def run_all(wanted, run_class, execute, results, jobs):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if stopped:
-        raise KeyboardInterrupt("Stopped; the same command goes on")
+        raise KeyboardInterrupt("Stopped; the same command resumes")
     if failed:
         raise failed
     return done
@@ -135,26 +145,15 @@ def cost(runs):
 
 
 def ignore_signals():
-    """In a worker, whenever it is not in training (train.py then has handlers of its own)."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """In a worker: only `train` reacts to signals, with its own handlers, and saves."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-@contextlib.contextmanager
-def ending_at_once():
-    """For a run that keeps nothing on the way: to be asked to stop ends it."""
-    handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def arguments(description, sets, results):
-    """A parser for what all experiments take."""
+    """A parser for the options that all experiments share."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("set", choices=sets, help="what to run; draw: nothing, only what is there is drawn and printed")
+    parser.add_argument("set", choices=[*sets, "draw"], help="what to run; draw: draw and print the finished runs")
     parser.add_argument("--results", type=Path, default=Path(results), help="folder of runs.jsonl (%(default)s)")
     parser.add_argument("--jobs", type=at_least_one, default=torch.get_num_threads(), help="runs at once (%(default)s)")
     return parser
@@ -162,5 +161,5 @@ def arguments(description, sets, results):
 
 def at_least_one(text):
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number, at least 1; got {text!r}")
+        raise argparse.ArgumentTypeError(f"expects a whole number, at least 1; got {text!r}")
     return int(text)
