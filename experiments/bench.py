@@ -26,25 +26,23 @@ from tqdm import tqdm
 
 from cache import KVCache, prefill, set_dtype, step
 from mod import GPT, GPTConfig, pick_token
-from mode import MoDEConfig, build, config_class, forward_flops
+from mode import MoDEConfig, build, forward_flops
 from support.evaluation import autocast
 from support.options import UserError, errors_in_one_line, load, pick_device
-from train import TrainConfig, configure_optimizer, resolve
+from train import TrainConfig, configure_optimizer, model_config, resolve
 
 
 @dataclass
-class BenchConfig:
-    n_layer: int = 6  # blocks
-    n_head: int = 6  # attention heads
-    n_embd: int = 384  # width
-    block_size: int = 256  # context
-    vocab_size: int = 65  # vocabulary
-    capacity: float = GPTConfig.capacity  # share of the tokens that a routed block processes
-    route_every: int = GPTConfig.route_every  # 2: every other block is routed
-    n_expert: int = 0  # experts in each routed block, see mode.py; only for training
-    n_noop: int = 0  # no-op experts beside them
-    expert_capacity: float = MoDEConfig.expert_capacity  # share of a block's tokens that each expert takes
-    staged: bool = False  # True: staged MoDE
+class BenchConfig(MoDEConfig):
+    """All options. Those of the model come from mod.py and mode.py, with other defaults. The comments are the help."""
+
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384
+    block_size: int = 256
+    vocab_size: int = 65
+    bias: bool = False
+    n_expert: int = 0
     against: str = ""  # shape of the dense GPT, layers x width as in 1x96; empty: the same shape
     part: Literal["both", "training", "sampling"] = "both"  # what to measure
     batch_size: int = 16  # training: sequences per step; sampling is measured with batches of 1 and 16
@@ -55,6 +53,9 @@ class BenchConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the GPU has it
     compile: Literal["auto", "True", "False"] = "auto"  # compile training; auto: on CUDA under Linux
     check: bool = False  # only compare the device's results with the CPU's
+
+    def __post_init__(self):
+        pass  # `bench` checks the options of the model
 
 
 def main(argv=None):
@@ -70,18 +71,13 @@ def bench(options):
     for name, least in (("batch_size", 1), ("repeats", 1), ("warmup", 0), ("route_every", 1), ("new_tokens", 1)):
         if getattr(options, name) < least:
             raise UserError(f"{name} must be at least {least}, got {getattr(options, name)}")
-    kind = config_class(asdict(options))
     if options.part != "training" and options.new_tokens >= options.block_size:
         raise UserError(f"new_tokens must leave room for a prompt in block_size {options.block_size}; make it smaller")
-    if options.part != "training" and kind is MoDEConfig:
-        raise UserError("sampling is measured without experts; with experts use --part=training")
+    if options.part != "training" and (options.n_expert or options.variant or options.causal_method != "predictor"):
+        raise UserError("sampling is measured for the paper's MoD only; with experts or variants use --part=training")
     if options.route_every > options.n_layer:
         raise UserError(f"route_every {options.route_every} routes none of {options.n_layer} blocks; use more blocks")
-    names = {field.name for field in dataclasses.fields(kind)} & asdict(options).keys()
-    try:
-        mod = kind(**{name: getattr(options, name) for name in names}, bias=False)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    mod = model_config(options, {"vocab_size": 0})
     configs = {"mod": mod, "dense": dense_config(mod, options.against)}
     machine = resolve(TrainConfig(device=options.device, dtype=options.dtype, compile=options.compile))
     on_gpu = machine.device.startswith("cuda")
@@ -122,14 +118,12 @@ def in_turn(measure, options):
 def clocked(work, device):
     """The seconds that work() takes, and its result."""
 
-    def synchronize():
-        if torch.device(device).type != "cpu":  # a GPU computes while Python continues
-            torch.accelerator.synchronize(torch.device(device))
-
-    synchronize()
+    device = torch.device(device)
+    wait = (lambda: None) if device.type == "cpu" else lambda: torch.accelerator.synchronize(device)
+    wait()  # a GPU computes while Python continues
     start = time.perf_counter()
     result = work()
-    synchronize()
+    wait()
     return time.perf_counter() - start, result
 
 
@@ -187,10 +181,10 @@ def bench_sampling(configs, options, machine):
 
 def sample_batch(B, models, limits, options, machine):
     """Measure both models, each generating B texts at once."""
-    config = models["mod"].config
     length = options.block_size - options.new_tokens / 2  # of the texts, on average
-    predicted = expected_step(models["dense"].config, B, length, limits) / expected_step(config, B, length, limits)
-    print(f"Sampling {B:2} at once, predicted: {predicted:.2f} times as fast at best, if {config.capacity:.1%} enter")
+    expected = {name: expected_step(model.config, B, length, limits) for name, model in models.items()}
+    predicted, capacity = expected["dense"] / expected["mod"], options.capacity
+    print(f"Sampling {B:2} at once, predicted: {predicted:.2f} times as fast at best, if {capacity:.1%} enter")
     runs = in_turn(lambda name, seed: generate(models[name], B, seed, limits, options, machine), options)
     results = {}
     for name, kept in runs.items():
@@ -213,10 +207,8 @@ def sample_batch(B, models, limits, options, machine):
     }
     print(
         f"Sampling {B:2} at once, measured:  {ratios['decode_speedup']:.2f} times as fast "
-        f"({mod['tokens_per_second']:,.1f} against {dense['tokens_per_second']:,.1f} tokens/s), at best "
-        f"{ratios['decode_ideal_speedup']:.2f}; {ratios['taken']:.1%} entered; "
-        f"prefill {ratios['prefill_speedup']:.2f} times as fast; {ratios['cache_bytes_ratio']:.2f} of the cache bytes; "
-        f"without a cache {ratios['cache_speedup']:.1f} times as long"
+        f"({mod['tokens_per_second']:,.1f} against {dense['tokens_per_second']:,.1f} tokens/s); at best "
+        f"{ratios['decode_ideal_speedup']:.2f}, as {ratios['taken']:.1%} entered"
     )
     return {**ratios, **results}
 

@@ -189,13 +189,14 @@ def table(models):
     rows = []
     for model in models:
         found = [row["report"] for row in model.rows]
-        cells = {**report.cells(model), "model": model.run.model, "with top-k": "same"}
-        cells["accuracy"] = spread([one["accuracy_causal"] for one in found])
-        if model.kind == "MoD":
-            cells["with top-k"] = spread([one["accuracy_topk"] for one in found])
-            cells["of the numbers, taken"] = ", ".join(f"{one['numbers_taken_causal']:.0%}" for one in found)
-            cells["of the taken, numbers"] = ", ".join(f"{share_of_numbers(one):.0%}" for one in found)
-        rows.append(cells)
+        cells = [model.run.model, f"{model['forward_flops_per_token']:,.0f}", f"{model['steps']:,}"]
+        cells += [f"{model.run.learning_rate:g}", spread([one["accuracy_causal"] for one in found])]
+        if model.kind == "dense":
+            rows.append([*cells, "same", "", ""])
+            continue
+        shares = [[one["numbers_taken_causal"] for one in found], [share_of_numbers(one) for one in found]]
+        shares = [", ".join(f"{share:.0%}" for share in of_seeds) for of_seeds in shares]
+        rows.append([*cells, spread([one["accuracy_topk"] for one in found]), *shares])
     columns = (
         ":model | FLOPs/token | steps | rate | accuracy | with top-k | of the numbers, taken | of the taken, numbers"
     )

@@ -57,10 +57,6 @@ class Model:
     def mean(self):
         return statistics.mean(self.losses())
 
-    def deviation(self):
-        """Standard deviation over seeds; None for a single seed."""
-        return statistics.stdev(self.losses()) if len(self.rows) > 1 else None
-
 
 def models_of(done):
     """Each model at its best learning rate on the data for choosing, without models of which a seed diverged."""
@@ -81,15 +77,11 @@ def models_of(done):
 
 
 def difference(a, b):
-    """
-    How far the mean loss of a lies above that of b, and half its 95% interval, both in percent of b's.
-
-    The interval is infinite if seeds are missing.
-    """
+    """How far the mean loss of a lies above b's, in percent of it, and half of the 95% interval; infinite: seeds miss."""
     percent = 100 * (a.mean() / b.mean() - 1)
     if not (a.complete and b.complete):
         return percent, math.inf
-    error = math.hypot(*(model.deviation() / math.sqrt(len(model.rows)) for model in (a, b)))
+    error = math.hypot(*(statistics.stdev(model.losses()) / math.sqrt(len(model.rows)) for model in (a, b)))
     return percent, T_95[min(len(a.rows), len(b.rows))] * 100 * error / b.mean()
 
 
@@ -131,7 +123,7 @@ def rival_of(model, models):
 
 
 def candidates(models, budget):
-    """The models that claims 1 to 4 compare at a budget as {role: model}. The model is None if there is none."""
+    """{role: model} of the models that claims 1 to 4 compare at a budget; None where there is no such model."""
     dense, mod = (best_of(plain(models, budget, kind)) for kind in LOOKS)
     if not dense or not mod:  # all models of a kind diverged
         return {}
@@ -139,9 +131,8 @@ def candidates(models, budget):
     def best_within(key, low, high):
         return best_of([m for m in plain(models, budget, "MoD") if low < m[key] / dense[key] <= high])
 
-    found = {"dense": dense, "MoD": mod, "rival": rival_of(mod, models)}
-    found["cheaper"] = best_within("forward_flops_per_token", 0, SAVING)
-    return {**found, "as large": best_within("parameters", 0.8, 1.25)}
+    cheaper, as_large = best_within("forward_flops_per_token", 0, SAVING), best_within("parameters", 0.8, 1.25)
+    return {"dense": dense, "MoD": mod, "rival": rival_of(mod, models), "cheaper": cheaper, "as large": as_large}
 
 
 def comparisons(models):
@@ -155,12 +146,7 @@ def comparisons(models):
 
 
 def changes(models, budget):
-    """
-    The best plain MoD model of a budget, and [(name, model, what to compare it with)] of those with one thing changed.
-
-    These are compared with the best model itself, but for another context, where losses are on another scale, with the
-    rival at that context.
-    """
+    """The best plain MoD model of a budget, and those with one thing changed: [(name, model, what to compare it with)]."""
     base, others = best_of(plain(models, budget, "MoD")), []
     for model in models:
         changed = {key: value for key, value in asdict(model.run).items() if value != getattr(base.run, key)}
@@ -168,7 +154,7 @@ def changes(models, budget):
         name = change_name(*changed.popitem()) if len(changed) == 1 else None
         if name and model.run.block_size == base.run.block_size:
             others.append((name, model, base))
-        elif name and (rival := rival_of(model, models)):
+        elif name and (rival := rival_of(model, models)):  # another context has another scale of losses
             others.append((f"{name}, against its rival", model, rival))
     return base, sorted(others, key=lambda other: other[0])
 
@@ -184,23 +170,27 @@ def change_name(option, value):
     return {"capacity": f"capacity {value}", "block_size": f"context {value}"}.get(option)
 
 
-def budgets_with_changes(models):
-    """The budgets at which something else than the size was changed."""
-    return [b for b in comparisons(models) if any(model.kind == "MoD" for _, model, _ in changes(models, b)[1])]
+def ablated(models):
+    """The largest budget at which something else than the size was changed, or None."""
+    found = [b for b in comparisons(models) if any(model.kind == "MoD" for _, model, _ in changes(models, b)[1])]
+    return max(found, default=None)
 
 
 def with_experts(models):
-    """[(budget, {name: model})] of each shape that was trained with experts, models with all seeds only."""
-    complete = [model for model in models if model.complete]
-    found = {}
-    for model in complete:
-        if model.run.experts:
-            found.setdefault(replace(model.run.base, learning_rate=0), {})[model.run.experts] = model
-    for run, kinds in found.items():
-        dense = replace(run, route_every=0)
-        others = {"dense": dense, "MoD": run, DENSE_RIVAL: replace(dense, n_layer=run.n_layer // 2)}
-        kinds |= {name: model for name, other in others.items() if (model := find(other, complete))}
-    return sorted(((run.budget, kinds) for run, kinds in found.items()), key=lambda pair: pair[0])
+    """{name: model} of the models with experts and those of their shape without, at the largest budget; all seeds."""
+    models = [model for model in models if model.complete]
+    mixtures = sorted([model for model in models if model.run.experts], key=lambda model: model.run.budget)
+    if not mixtures:
+        return {}
+    mod = mixtures[-1].run.base
+    dense = replace(mod, route_every=0)
+    runs = {"dense": dense, "MoD": mod, DENSE_RIVAL: replace(dense, n_layer=mod.n_layer // 2)}
+    runs |= {
+        model.run.experts: model.run
+        for model in mixtures
+        if replace(model.run.base, learning_rate=mod.learning_rate) == mod
+    }
+    return {name: model for name, run in runs.items() if (model := find(run, models))}
 
 
 # Tables
@@ -215,34 +205,35 @@ def markdown(columns, rows):
     return "\n".join([f"| {' | '.join(names)} |", f"|{rule}|", *lines]) if rows else ""
 
 
-def cells(model):
-    """The cells that several tables have: size, cost, learning rate and losses."""
+COLUMNS = "FLOPs | :model | parameters | FLOPs/token | steps | rate | causal | top-k"
+
+
+def cells(name, model, against=None):
+    """The cells of a model: size, cost, learning rate, losses, and the difference from the model `against`."""
+    distance = signed(difference(model, against)) if against else ""
     return {
         "FLOPs": short(model.run.budget),
+        "model": f"{name}, {model.name}",
         "parameters": f"{model['parameters']:,}",
         "FLOPs/token": f"{model['forward_flops_per_token']:,.0f}",
         "steps": f"{model['steps']:,}",
         "rate": f"{model.run.learning_rate:g}",
         "causal": spread(model.losses(), "{:.4f}"),
         "top-k": spread(model.losses("topk"), "{:.4f}") if model.run.route_every else "same",
+        **dict.fromkeys(("against", "against dense", "against MoD"), distance),
     }
 
 
 def isoflop_table(models):
     """The best models of each budget, and the rival of the best MoD model."""
     rows = []
-    for found in comparisons(models).values():
-        dense, mod, rival = (found[role] for role in ("dense", "MoD", "rival"))
-        named = {"best dense, also the rival of this MoD" if rival is dense else "best dense": dense, "best MoD": mod}
+    for roles in comparisons(models).values():
+        dense, rival = roles["dense"], roles["rival"]
+        rows.append(cells("best dense, also the rival of this MoD" if rival is dense else "best dense", dense))
+        rows.append(cells("best MoD", roles["MoD"], dense))
         if rival and rival is not dense:  # None: it diverged
-            named["rival of this MoD"] = rival
-        for name, model in named.items():
-            against = "" if model is dense else signed(difference(model, dense))
-            rows.append({"model": name, "layers×width": model.name, **cells(model), "against dense": against})
-    columns = (
-        "FLOPs | :model | :layers×width | parameters | FLOPs/token | steps | rate | causal | top-k | against dense"
-    )
-    return markdown(columns, rows)
+            rows.append(cells("rival of this MoD", rival, dense))
+    return markdown(f"{COLUMNS} | against dense", rows)
 
 
 def distances(models):
@@ -278,25 +269,22 @@ def crossover(models):
 
 def ablation_table(models):
     """The best MoD model of a budget with one thing changed, each change at its best learning rate."""
+    if not ablated(models):
+        return ""
+    base, others = changes(models, ablated(models))
     rows = []
-    for budget in budgets_with_changes(models):
-        base, others = changes(models, budget)
-        for name, model, against in [(f"nothing: {base.name}", base, base), *others]:
-            taken = statistics.mean(statistics.mean(row["report"].get("taken", [1])) for row in model.rows)
-            against = "" if model is against else signed(difference(model, against))
-            rows.append({**cells(model), "changed": name, "taken": f"{taken:.1%}", "against": against})
+    for name, model, against in [(f"nothing: {base.name}", base, None), *others]:
+        taken = statistics.mean(statistics.mean(row["report"].get("taken", [1])) for row in model.rows)
+        rows.append({**cells(name, model, against), "changed": name, "taken": f"{taken:.1%}"})
     return markdown("FLOPs | :changed | FLOPs/token | rate | causal | top-k | taken | against", rows)
 
 
 def expert_table(models):
     """Dense, MoD, MoE and MoDE of one shape at equal training FLOPs, the best first."""
-    rows = []
-    for _, kinds in with_experts(models):
-        for name, model in sorted(kinds.items(), key=lambda pair: pair[1].mean()):
-            against = signed(difference(model, kinds["MoD"])) if name != "MoD" and "MoD" in kinds else ""
-            rows.append({**cells(model), "model": f"{name}, {model.name}", "against MoD": against})
-    columns = "FLOPs | :model | parameters | FLOPs/token | steps | rate | causal | top-k | against MoD"
-    return markdown(columns, rows)
+    kinds = with_experts(models)
+    named = sorted(kinds.items(), key=lambda pair: pair[1].mean())
+    rows = [cells(name, model, kinds.get("MoD") if name != "MoD" else None) for name, model in named]
+    return markdown(f"{COLUMNS} | against MoD", rows)
 
 
 def tables(models):
@@ -328,7 +316,7 @@ def draw(models, results):
         draw_curves(models, results / "curves.png")
     if len(comparisons(models)) > 1:
         draw_crossover(models, results / "crossover.png")
-    if budgets_with_changes(models):
+    if ablated(models):
         draw_changes(models, results / "changes.png")
 
 
@@ -339,25 +327,24 @@ def draw_curves(models, path):
     figure = Figure(figsize=(11, 4.2 * len(found)), layout="constrained")
     panels = figure.subplots(len(found), 2, squeeze=False, sharey="row")
     for row, (budget, distance) in zip(panels, found.items()):
-        draw_budget(row[0], models, budget, "parameters")
-        draw_budget(row[1], models, budget, "forward_flops_per_token")
+        draw_budget(row[0], models, budget, "parameters", "parameters")
+        draw_budget(row[1], models, budget, "forward_flops_per_token", "FLOPs per token of a forward pass")
         means = [model.mean() for kind in LOOKS for model in plain(models, budget, kind)]
         row[0].set_ylim(min(means) - 0.02, max(means) + 0.02)
         row[0].set_ylabel("held-out loss, causal (nats per character)\nno bar: seed 1 alone")
         row[0].set_title(f"{short(budget)} training FLOPs: best MoD (star) {signed(distance)} against best dense")
         row[0].legend()
-        row[0].set_xlabel("parameters")
-        row[1].set_xlabel("FLOPs per token of a forward pass")
     save(figure, path)
 
 
-def draw_budget(axes, models, budget, x):
+def draw_budget(axes, models, budget, x, xlabel):
     """The losses of one budget's models over x, a field of runs.jsonl; a line for each depth, a star for the best."""
     for kind, look in LOOKS.items():
         chosen = plain(models, budget, kind)
         for depth in sorted({model.run.n_layer for model in chosen}):
             line = [model for model in chosen if model.run.n_layer == depth]
-            means, bars = [model.mean() for model in line], [model.deviation() or 0 for model in line]
+            means = [model.mean() for model in line]
+            bars = [statistics.stdev(model.losses()) if len(model.rows) > 1 else 0 for model in line]
             label = kind if depth == chosen[0].run.n_layer else None
             thin = {**look, "markersize": 5, "linewidth": 0.8, "capsize": 3}
             axes.errorbar([model[x] for model in line], means, yerr=bars, label=label, **thin)
@@ -367,7 +354,7 @@ def draw_budget(axes, models, budget, x):
             axes.annotate(model.name, (model[x], model.mean()), xytext=below_or_above, **text)
         best = best_of(chosen)
         axes.plot(best[x], best.mean(), marker="*", markersize=15, color=look["color"], zorder=5)
-    axes.set_xscale("log")
+    axes.set(xscale="log", xlabel=xlabel)
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
@@ -395,31 +382,30 @@ def draw_crossover(models, path):
 
 @style
 def draw_changes(models, path):
-    """What one change in the best MoD model does, a panel for each budget with changes."""
-    budgets = budgets_with_changes(models)
-    figure = Figure(figsize=(8, 0.8 + 4.5 * len(budgets)), layout="constrained")
+    """What one change in the best MoD model does."""
+    figure = Figure(figsize=(8, 5.3), layout="constrained")
+    axes = figure.subplots()
     blue, red = (look["color"] for look in LOOKS.values())
-    for axes, budget in zip(figure.subplots(len(budgets), 1, squeeze=False)[:, 0], budgets):
-        base, others = changes(models, budget)
-        others = [(name, model) for name, model, against in others if against is base]
-        others.sort(key=lambda pair: pair[1].mean(), reverse=True)
-        edge = 1.06 * base.mean()  # a far worse model would press all others together
-        for y, (_, model) in enumerate(others):
-            if model.mean() > edge:
-                axes.text(edge, y, f"{model.mean():.2f} →", ha="right", va="center", color=blue)
-                continue
-            look = dict(color=blue, alpha=0.5, markersize=4, markerfacecolor=blue if model.complete else "none")
-            axes.plot(model.losses(), [y] * len(model.rows), "o", **look)
-            axes.plot(model.mean(), y, "|", color=blue, markersize=14)
-        axes.axvline(base.mean(), color=red, label=f"unchanged: MoD {base.name}")
-        axes.axvspan(min(base.losses()), max(base.losses()), color=red, alpha=0.15, label="range of its seeds")
-        axes.set_xlim(right=edge)
-        axes.set_ylim(-0.5, len(others) - 0.5)
-        axes.set_yticks(range(len(others)), [name for name, _ in others])
-        axes.set_xlabel("held-out loss, causal; a dot for each seed, a ring: seed 1 alone")
-        axes.set_title(f"{short(budget)} training FLOPs: one thing changed")
-        axes.grid(False, axis="y")
-        axes.legend(loc="upper right")
+    base, others = changes(models, ablated(models))
+    others = [(name, model) for name, model, against in others if against is base]
+    others.sort(key=lambda pair: pair[1].mean(), reverse=True)
+    edge = 1.06 * base.mean()  # a far worse model would press all others together
+    for y, (_, model) in enumerate(others):
+        if model.mean() > edge:
+            axes.text(edge, y, f"{model.mean():.2f} →", ha="right", va="center", color=blue)
+            continue
+        face = blue if model.complete else "none"
+        axes.plot(model.losses(), [y] * len(model.rows), "o", color=blue, alpha=0.5, markersize=4, markerfacecolor=face)
+        axes.plot(model.mean(), y, "|", color=blue, markersize=14)
+    axes.axvline(base.mean(), color=red, label=f"unchanged: MoD {base.name}")
+    axes.axvspan(min(base.losses()), max(base.losses()), color=red, alpha=0.15, label="range of its seeds")
+    axes.set_xlim(right=edge)
+    axes.set_ylim(-0.5, len(others) - 0.5)
+    axes.set_yticks(range(len(others)), [name for name, _ in others])
+    axes.set_xlabel("held-out loss, causal; a dot for each seed, a ring: seed 1 alone")
+    axes.set_title(f"{short(base.run.budget)} training FLOPs: one thing changed")
+    axes.grid(False, axis="y")
+    axes.legend(loc="upper right")
     save(figure, path)
 
 
@@ -547,19 +533,15 @@ def claim_7(learned):
 
 
 def claim_8(models):
-    """
-    Experts add to MoD if staged MoDE beats MoD, and the dense GPT without the routed blocks.
-
-    Beating MoE means less: a step of staged MoDE costs half as much, and that dense GPT shows what this alone gains.
-    The paper's second finding is that integrated MoDE beats MoE of the same lowered capacity.
-    """
+    """Staged MoDE beats MoD and the dense GPT without the routed blocks; integrated MoDE beats MoE of lowered capacity."""
+    # That staged MoDE beats MoE is not judged: its steps cost half as much, which alone gains what that dense GPT shows.
     judged = [("staged MoDE", "MoD"), ("staged MoDE", DENSE_RIVAL), ("integrated MoDE", "MoE, lowered capacity")]
     pairs = [*judged, ("staged MoDE", "MoE")]
-    for budget, kinds in reversed(with_experts(models)):
-        if all(name in kinds for pair in pairs for name in pair):
-            found = {(a, b): difference(kinds[a], kinds[b]) for a, b in pairs}
-            here = "; ".join(f"{a} against {b} {signed(found[a, b])}" for a, b in pairs)
-            unclear = all(abs(found[pair][0]) <= found[pair][1] for pair in judged)
-            verdict = "no difference seen" if unclear else how_many([sum(found[pair]) < 0 for pair in judged])
-            return here, f"{verdict}, at {short(budget)}"
-    return NOT_RUN
+    kinds = with_experts(models)
+    if not all(name in kinds for pair in pairs for name in pair):
+        return NOT_RUN
+    found = {(a, b): difference(kinds[a], kinds[b]) for a, b in pairs}
+    here = "; ".join(f"{a} against {b} {signed(found[a, b])}" for a, b in pairs)
+    unclear = all(abs(found[pair][0]) <= found[pair][1] for pair in judged)
+    verdict = "no difference seen" if unclear else how_many([sum(found[pair]) < 0 for pair in judged])
+    return here, f"{verdict}, at {short(kinds['MoD'].run.budget)}"

@@ -30,12 +30,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def search(run, done):
-    """
-    Search for the best learning rate: returns `run` with the best one so far, and the runs that are still needed.
-
-    The search moves by FACTOR while a neighbour is better, so the best rate has a worse one on both sides.
-    """
-    while True:
+    """`run` with its best learning rate so far, and the runs that are still needed to find the best one."""
+    while True:  # move by FACTOR while a neighbour is better, so the best rate has a worse one on both sides
         near = [replace(run, learning_rate=run.learning_rate * factor) for factor in (1 / FACTOR, 1, FACTOR)]
         missing = [other for other in near if other not in done]
         best = min(near, key=lambda other: loss_for_choice(other, done))
@@ -82,14 +78,15 @@ def read(results, run_class):
 
 def run_all(wanted, run_class, execute, results, jobs):
     """
-    Train what the set `wanted` asks for until it asks for nothing more; returns {run: line}.
+    Train what the set `wanted` asks for until it asks for nothing more. If a run fails, those under way end first.
 
     execute(run, folder) trains one run in a process of its own and returns its line; the folder is for its checkpoints.
-    If a run fails, the others under way are finished first.
     """
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {jobs}")
     done = read(results, run_class)
     if not wanted(done):
-        return done
+        return
     results.mkdir(parents=True, exist_ok=True)
     stopped = []  # signals received
 
@@ -102,7 +99,8 @@ def run_all(wanted, run_class, execute, results, jobs):
                 process.terminate()  # `train` then saves (Windows kills the worker, and its run starts again)
 
     handlers = {number: signal.signal(number, ask_to_stop) for number in SIGNALS}
-    bar = tqdm(unit="FLOP", unit_scale=True, initial=cost(done), disable=None, dynamic_ncols=True, smoothing=0)
+    spent = sum(run.budget for run in done)
+    bar = tqdm(unit="FLOP", unit_scale=True, initial=spent, disable=None, dynamic_ncols=True, smoothing=0)
     context = multiprocessing.get_context("spawn")
     running, failed = {}, None
     try:
@@ -115,7 +113,7 @@ def run_all(wanted, run_class, execute, results, jobs):
                 if not running:
                     break
                 missing = {*todo, *running.values()}
-                bar.total = cost({*done, *missing})
+                bar.total = sum(run.budget for run in {*done, *missing})
                 bar.set_postfix_str(f"{len(done)} runs done, at least {len(missing)} missing")
                 for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
                     run = running.pop(future)
@@ -137,11 +135,6 @@ def run_all(wanted, run_class, execute, results, jobs):
         raise KeyboardInterrupt("Stopped; the same command resumes")
     if failed:
         raise failed
-    return done
-
-
-def cost(runs):
-    return sum(run.budget for run in runs)
 
 
 def ignore_signals():
@@ -155,11 +148,5 @@ def arguments(description, sets, results):
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("set", choices=[*sets, "draw"], help="what to run; draw: draw and print the finished runs")
     parser.add_argument("--results", type=Path, default=Path(results), help="folder of runs.jsonl (%(default)s)")
-    parser.add_argument("--jobs", type=at_least_one, default=torch.get_num_threads(), help="runs at once (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=torch.get_num_threads(), help="runs at once (%(default)s)")
     return parser
-
-
-def at_least_one(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expects a whole number, at least 1; got {text!r}")
-    return int(text)

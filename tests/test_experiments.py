@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -70,7 +71,8 @@ def test_what_is_done_is_not_run_again_and_a_deleted_line_is(tmp_path):
         return [run for run in runs if run not in done]
 
     def again():
-        return runner.run_all(wanted, FakeRun, execute_fake, tmp_path, jobs=2)
+        runner.run_all(wanted, FakeRun, execute_fake, tmp_path, jobs=2)
+        return runner.read(tmp_path, FakeRun)
 
     assert set(again()) == set(runs)
     whole = path.read_bytes()
@@ -463,7 +465,7 @@ def pair(mod_losses):
 def test_the_figures_are_of_the_seeds_that_chose_nothing_and_the_rate_of_the_one_that_did():
     dense, mod = pair([9.9, 1.5, 1.6, 1.7])
     assert dense.run.learning_rate == 5e-3 and dense.mean() == pytest.approx(1.6)
-    assert mod.deviation() == pytest.approx(0.1) and mod.complete
+    assert statistics.stdev(mod.losses()) == pytest.approx(0.1) and mod.complete
 
 
 def test_fresh_seeds_give_the_figures_as_soon_as_all_of_them_are_there():
@@ -520,7 +522,7 @@ def test_a_rival_that_diverged_is_left_out_of_the_tables():
     other = lines_of(replace(DENSE, n_layer=1), [1.4, 1.5, 1.5, 1.5]) | lines_of(replace(DENSE, n_layer=3), [2.0])
     models = report.models_of(made_up([1, 1.6, 1.6, 1.7]) | other)
     alone = [model for model in models if model.run.n_layer != 2]
-    assert "| rival of this MoD |" in report.isoflop_table(models)
+    assert "| rival of this MoD, 2×64 |" in report.isoflop_table(models)
     assert "rival" not in report.isoflop_table(alone) and "best MoD" in report.isoflop_table(alone)
 
 
