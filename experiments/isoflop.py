@@ -94,7 +94,7 @@ GPU_SIZES = {  # these budgets read the complete works 2 to 8 times, 3 to 11 tim
     3e14: ((2, 192), (3, 192), (3, 256), (4, 192), (4, 256), (6, 192)),
     1e15: ((3, 256), (4, 256), (4, 384), (6, 256), (6, 384), (8, 256)),
 }
-ABLATED = 3e12  # the budget of the ablations
+ABLATED = 3e12  # the budget at which one thing at a time is changed in the best MoD model
 VARIANTS = ("stochastic", "position", "no_gate", "sigmoid_gate", "loud_router", "exploring_noise")
 EXPERTS = {  # in every other block, the ones that MoD would route
     "MoE": dict(n_expert=4),
@@ -132,14 +132,6 @@ def compared(budget, sizes, done):
     return [again for run in runs for again in seeds(run, done, SEEDS[1:] + FRESH)]
 
 
-def ablations(budget, sizes, done):
-    """`compared`, then the runs that are still needed to change one thing at a time in the best MoD model."""
-    todo = compared(budget, sizes, done)
-    if todo:
-        return todo
-    return tuned(changed(report.best_of(report.plain(report.models_of(done), budget, "MoD")).run), done)
-
-
 def changed(run):
     """The MoD model with one thing changed; for another context also its rival, to compare with."""
     return [
@@ -154,8 +146,14 @@ def changed(run):
 
 def at_budgets(sizes, done):
     """The comparison at each budget, the cheap ones first, so a set that is stopped has complete budgets."""
-    todo = [(ablations if budget == ABLATED else compared)(budget, sizes[budget], done) for budget in sizes]
-    return [run for part in todo for run in part]
+    todo = []
+    for budget in sizes:
+        missing = compared(budget, sizes[budget], done)
+        if budget == ABLATED and not missing:
+            base = report.best_of(report.plain(report.models_of(done), budget, "MoD"))
+            missing = tuned(changed(base.run), done)
+        todo += missing
+    return todo
 
 
 def experts(done):

@@ -24,6 +24,7 @@ minute; Ctrl-C finishes the runs under way.
 if __name__ == "__main__" and not __package__:
     raise SystemExit("known_depth.py runs from the top of the repository: python -m experiments.known_depth")
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 
@@ -170,10 +171,6 @@ def measure(model, seed):
     return result
 
 
-def wanted(done):
-    return runner.tuned([Run(name) for name in MODELS], done)
-
-
 def ordered(done):
     """Each model at its best learning rate, in the order of MODELS."""
     return sorted(report.models_of(done), key=lambda model: list(MODELS).index(model.run.model))
@@ -236,6 +233,7 @@ def main(argv=None):
     args = runner.arguments(__doc__.split("\n\n")[0].strip(), ["all"], "out-known-depth").parse_args(argv)
     with errors_in_one_line("known_depth.py", "try fewer --jobs"):
         if args.set != "draw":
+            wanted = functools.partial(runner.tuned, [Run(name) for name in MODELS])
             runner.run_all(wanted, Run, execute, args.results, args.jobs)
         models = ordered(runner.read(args.results, Run))
         if models:

@@ -11,6 +11,7 @@ matches top-k during training, and which tokens the routed blocks take.
 if __name__ == "__main__" and not __package__:
     raise SystemExit("routing.py runs as a module, from the top of the repository: python -m experiments.routing")
 
+import functools
 import math
 import statistics
 
@@ -32,10 +33,6 @@ CLASSES = {
     "end of line": lambda c, before: c == "\n",
     "other": lambda c, before: not c.isalpha() and c not in " \n",
 }
-
-
-def wanted(done):
-    return runner.seeds(MODEL, done)
 
 
 def execute(run, folder, dataset, device):
@@ -248,6 +245,7 @@ def main(argv=None):
     with errors_in_one_line("routing.py", "try fewer --jobs"):
         if args.set != "draw":
             train_one = isoflop.prepared(execute, args.results, "shakespeare_works", "cpu")
+            wanted = functools.partial(runner.seeds, MODEL)
             runner.run_all(wanted, isoflop.Run, train_one, args.results, args.jobs)
         rows = ordered(runner.read(args.results, isoflop.Run))
         if rows:

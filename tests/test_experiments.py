@@ -203,11 +203,12 @@ def test_a_lucky_first_seed_does_not_choose_the_model_that_gets_fresh_seeds():
     assert fresh == {(1, 64), (2, 64)} and {run.seed for run in done} == {*runner.SEEDS, *runner.FRESH}
 
 
-def test_the_ablations_change_one_thing_each_at_a_rate_of_their_own():
+def test_the_ablations_change_one_thing_each_at_a_rate_of_their_own(monkeypatch):
     def loss(run):
         return run.n_embd / 1000 + abs(math.log(run.learning_rate / 0.0025)) + 0.001 * run.seed
 
-    done = finish(lambda done: isoflop.ablations(1e13, isoflop.SIZES[1e13], done), loss)
+    monkeypatch.setattr(isoflop, "ABLATED", 1e13)
+    done = finish(lambda done: isoflop.at_budgets({1e13: isoflop.SIZES[1e13]}, done), loss)
     base = report.best_of(report.plain(report.models_of(done), 1e13, "MoD")).run
     for other in isoflop.changed(base):
         different = {name for name in vars(base) if getattr(other, name) != getattr(base, name)}
