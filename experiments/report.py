@@ -230,10 +230,10 @@ def isoflop_table(models):
     rows = []
     for roles in comparisons(models).values():
         dense, rival = roles["dense"], roles["rival"]
-        rows.append(cells("best dense, also the rival of this MoD" if rival is dense else "best dense", dense))
+        rows.append(cells("best dense (also the rival)" if rival is dense else "best dense", dense))
         rows.append(cells("best MoD", roles["MoD"], dense))
         if rival and rival is not dense:  # None: it diverged
-            rows.append(cells("rival of this MoD", rival, dense))
+            rows.append(cells("rival of the best MoD", rival, dense))
     return markdown(f"{COLUMNS} | against dense", rows)
 
 

@@ -523,7 +523,7 @@ def test_a_rival_that_diverged_is_left_out_of_the_tables():
     other = lines_of(replace(DENSE, n_layer=1), [1.4, 1.5, 1.5, 1.5]) | lines_of(replace(DENSE, n_layer=3), [2.0])
     models = report.models_of(made_up([1, 1.6, 1.6, 1.7]) | other)
     alone = [model for model in models if model.run.n_layer != 2]
-    assert "| rival of this MoD, 2×64 |" in report.isoflop_table(models)
+    assert "| rival of the best MoD, 2×64 |" in report.isoflop_table(models)
     assert "rival" not in report.isoflop_table(alone) and "best MoD" in report.isoflop_table(alone)
 
 
