@@ -422,8 +422,8 @@ def pick_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         )
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # Make the largest logit 0 first: divided by a tiny temperature it would overflow.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    # Make the largest logit 0 first: divided by a tiny temperature it would overflow. 1e-30 is still above 0 in float32.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k > 0:
         kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
         logits = logits.masked_fill(logits < kth_best, -math.inf)
@@ -431,5 +431,6 @@ def pick_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_p == 1:
         return torch.multinomial(p, 1, generator=generator).squeeze(-1)
     p, token = p.sort(dim=-1, descending=True)
-    p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)  # the tokens before it suffice; the first one always stays
+    before = p.cumsum(dim=-1) - p  # the probability of all likelier tokens, 0 for the first, which always stays
+    p = p.masked_fill(before >= max(top_p, 1e-30), 0.0)
     return token.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)

@@ -1,11 +1,11 @@
 """
-Sample text from a checkpoint that train.py wrote, with causal routing and a KV cache:
+Sample text from a trained model, with causal routing and a KV cache:
 
-    python sample.py --out_dir=out-shakespeare-mod
-    python sample.py --start="ROMEO:" --num_samples=3 --temperature=0.8
+    python sample.py --start="ROMEO:"                      # the small model that comes with the repository
+    python sample.py --out_dir=out-shakespeare-mod         # a model that train.py trained
     python sample.py --show_depth --routing_map=map.png
 
-Needs the checkpoint alone, not the data set.
+This needs the checkpoint but not the data set. In a script or notebook, call `load`.
 """
 
 import os
@@ -20,12 +20,15 @@ import torch
 from cache import KVCache, set_dtype, stream
 from support import checkpoint, depth
 from support.data import tokenizer_of
-from support.options import UserError, at_least, errors_in_one_line, load, pick_device, pick_dtype
+from support import options
+from support.options import UserError, at_least, errors_in_one_line, pick_device, pick_dtype
+
+PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "shakespeare_mod"
 
 
 @dataclass
 class SampleConfig:
-    out_dir: str = "out-shakespeare-mod"  # folder of the run; its best checkpoint is used
+    out_dir: str = ""  # folder of a run, whose best checkpoint is used; empty: the model that comes with the repository
     start: str = ""  # the text to continue, or FILE:path of a file that holds it; empty: a new line
     num_samples: int = 1  # how many continuations; the first is printed as it comes
     max_new_tokens: int = 500  # length of each continuation in tokens
@@ -45,11 +48,21 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")  # a Windows console may not know every character
     with errors_in_one_line("sample.py", "take fewer samples at once by a smaller --num_samples"):
         try:
-            sample(load(SampleConfig, argv, __doc__.split(",")[0]))
-        except BrokenPipeError:  # who reads has seen enough, such as `| head`
+            sample(options.load(SampleConfig, argv, __doc__.split(",")[0]))
+        except BrokenPipeError:  # the reader closed the pipe, e.g. `| head`
             # Or Python complains when it flushes at the end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+
+
+def load(out_dir=PRETRAINED, device="auto"):
+    """
+    The best model of the run in out_dir (a path or string), ready to sample from, and its tokenizer, which has
+    `encode` (text to a list of token ids) and `decode` (token ids to text). Without out_dir, the small model that comes
+    with the repository. Raises UserError for a folder without a whole checkpoint.
+    """
+    model, info = checkpoint.load(Path(out_dir), "best", pick_device(device))
+    return model, tokenizer_of(info["data"])
 
 
 def sample(config):
@@ -57,9 +70,8 @@ def sample(config):
     pictures = {name: Path(getattr(config, name)) for name in ("depth_svg", "routing_map") if getattr(config, name)}
     check(config, pictures)
     device = pick_device(config.device)
-    model, info = checkpoint.load(Path(config.out_dir), "best", device)
+    model, tokenizer = load(config.out_dir or PRETRAINED, device)
     set_dtype(model, getattr(torch, pick_dtype(config.dtype, device)))
-    tokenizer = tokenizer_of(info["data"])
     layers = [layer for layer in range(model.config.n_layer) if model.config.is_routed(layer)]
     if not layers and (config.show_depth or pictures):
         raise UserError(f"{config.out_dir} holds a dense model: every token goes through every block, nothing to show")
@@ -99,9 +111,9 @@ def follow(model, prompt, tokenizer, config, printer):
     Returns the texts as lists of token texts; which routed block took which token, bool (routed blocks, num_samples,
     tokens read); the seconds spent after the prompt was read; the most bytes that the cache had.
     """
+    cache = KVCache(model.config, config.num_samples)
     decoders = [tokenizer.decoder() for _ in range(config.num_samples)]
     texts = [[decode(t) for t in prompt] for decode in decoders]
-    cache = KVCache(model.config, config.num_samples)
     taken, seconds, cache_bytes = [], 0.0, 0
     # One token more than asked for, and printing is one step behind: what the blocks decide about a token is known when
     # they have read it.

@@ -672,11 +672,14 @@ def test_sampling_follows_seed_and_temperature():
         (dict(top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9]),
         (dict(top_p=1.0), [0.1, 0.4, 0.2, 0.3]),
         (dict(temperature=1e-40), [0, 1, 0, 0]),
+        (dict(temperature=1e-46), [0, 1, 0, 0]),  # 0 in float32
+        (dict(top_p=1e-46), [0, 1, 0, 0]),
         (dict(top_k=3, top_p=0.7), [0, 4 / 7, 0, 3 / 7]),  # 0.4 + 0.3 of 0.9: 0.78
     ],
 )
-def test_tokens_are_drawn_with_these_probabilities(options, expected):
-    logits = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64).log().expand(20_000, -1)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_tokens_are_drawn_with_these_probabilities(options, expected, dtype):
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=dtype).log().expand(20_000, -1)
     drawn = pick_token(logits, **options, generator=torch.Generator().manual_seed(1)).bincount(minlength=4) / 20_000
     assert close(drawn.double(), torch.tensor(expected, dtype=torch.float64), 0.015)
     assert [p == 0 for p in drawn] == [p == 0 for p in expected]

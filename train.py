@@ -92,6 +92,7 @@ def train(config):
     and raises KeyboardInterrupt. With config.resume it continues the run in out_dir with exactly these options; the
     command line fills in the run's own.
     """
+    started = time.monotonic()
     # Saved as asked for, because "auto" may mean something else on the machine where the run is resumed.
     asked = {name: getattr(config, name) for name in ("device", "dtype", "compile")}
     config = resolve(config)
@@ -188,9 +189,10 @@ def train(config):
             raise KeyboardInterrupt(f"Stopped and saved at step {step:,}. Resume with: {command}")
 
     best_row = min(rows, key=lambda row: row["val_loss_causal"])
-    print(f"final {report(rows[-1], config.max_iters)}")
-    print(f"best  {report(best_row, config.max_iters)}")
-    print(f"{progress.train_seconds / 60:.1f} minutes of training. Next: python sample.py --out_dir={config.out_dir}")
+    minutes, in_all = progress.train_seconds / 60, (time.monotonic() - started) / 60
+    print(f"Best causal loss: {best_row['val_loss_causal']:.4f} at step {best_row['step']:,}.")
+    print(f"{minutes:.1f} minutes of training steps; with evaluation, this command took {in_all:.1f}.")
+    print(f"Next: python sample.py --out_dir={config.out_dir}")
     return rows
 
 

@@ -163,7 +163,15 @@ def seed_of(*numbers):
 # Tokenizers
 
 
-class CharTokenizer:
+class Tokenizer:
+    """Both have `encode` (text to a list of token ids) and `decoder`."""
+
+    def decode(self, tokens):
+        """The text of these token ids, a list or a tensor (T,)."""
+        return "".join(map(self.decoder(), getattr(tokens, "tolist", lambda: tokens)()))
+
+
+class CharTokenizer(Tokenizer):
     """A character is a token, its id the place in the list of all characters."""
 
     def __init__(self, vocab):
@@ -182,7 +190,7 @@ class CharTokenizer:
         return lambda token: self.vocab[token] if token < len(self.vocab) else "\N{REPLACEMENT CHARACTER}"
 
 
-class GPT2Tokenizer:
+class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-pair encoding, 50,257 tokens."""
 
     def __init__(self):

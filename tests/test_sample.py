@@ -11,11 +11,13 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
+import cache
 import sample
 import train
 from support import checkpoint, depth
 from support import data as data_module
 from support.data import CharTokenizer
+from support.options import UserError
 
 
 def test_sampling_needs_the_checkpoint_alone_and_repeats_by_its_seed(tiny, tmp_path, monkeypatch, capsys):
@@ -53,6 +55,29 @@ def test_sampling_is_causal_and_uses_the_best_checkpoint(tiny):
     assert sample.sample(config) == [text]
     assert sample.sample(dataclasses.replace(config, temperature=1.0, top_k=1)) == [text]
     assert sample.sample(dataclasses.replace(config, start=""))[0].startswith("\n")
+
+
+def test_load_gives_a_script_the_model_and_its_tokenizer(tiny):
+    train.train(tiny)
+    model, tokenizer = sample.load(tiny.out_dir, device="cpu")  # a string; a Path works too
+    prompt = tokenizer.encode("ab")
+    tokens = cache.generate(model, torch.tensor([prompt]), 10, temperature=0)[0]
+    config = sample.SampleConfig(out_dir=tiny.out_dir, start="ab", max_new_tokens=10, temperature=0.0, device="cpu")
+    assert [tokenizer.decode(tokens)] == [tokenizer.decode(tokens.tolist())] == sample.sample(config)
+    with pytest.raises(UserError, match="no checkpoint"):
+        sample.load(tiny.out_dir + "-2")
+
+
+def test_without_a_run_the_model_of_the_repository_is_sampled(capsys):
+    model, tokenizer = sample.load()
+    assert not model.training and len(model.routed_blocks) == 2 and model.lm_head.weight.dtype == torch.float32
+    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
+    x = torch.tensor([tokenizer.encode(text)])
+    assert tokenizer.decode(x[0]) == text
+    assert model(x[:, :-1], x[:, 1:], routing="causal")[1] < 1.9  # 4.2 if it had learned nothing
+    sample.main(["--start=ROMEO:", "--max_new_tokens=20", "--device=cpu"])
+    assert capsys.readouterr().out.startswith("ROMEO:")
+    assert sum(path.stat().st_size for path in sample.PRETRAINED.iterdir()) < 1.7e6
 
 
 def marked(out):
