@@ -18,9 +18,8 @@ from typing import Literal
 import torch
 
 from cache import KVCache, set_dtype, stream
-from support import checkpoint, depth
+from support import checkpoint, depth, options
 from support.data import tokenizer_of
-from support import options
 from support.options import UserError, at_least, errors_in_one_line, pick_device, pick_dtype
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "shakespeare_mod"

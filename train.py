@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mode import MoDEConfig, build, config_class
 from support import checkpoint, ranks, run
 from support.data import load_dataset, seed_of, training_batch
-from support.evaluation import autocast, evaluate
+from support.evaluation import autocast, evaluate, evaluate_checkpoint
 from support.options import UserError, at_least, errors_in_one_line, load, pick_device, pick_dtype
 from support.report import ProgressLine, describe, import_wandb, report, versions
 
@@ -97,7 +97,9 @@ def train(config):
     asked = {name: getattr(config, name) for name in ("device", "dtype", "compile")}
     config = resolve(config)
     if config.eval_only:
-        return evaluate_checkpoint(config)
+        row, max_iters = evaluate_checkpoint(Path(config.out_dir), config.dataset, config.device, config.dtype)
+        print(report(row, max_iters))
+        return [row]
     with ranks.main_first():
         meta, data = load_dataset(config.dataset, config.block_size, config.vocab_size, check=ranks.is_main())
     torch.manual_seed(config.seed)
@@ -348,25 +350,6 @@ def number_of_steps(config, step_flops):
     if min(limits) < 1:
         raise UserError(f"flop_budget {config.flop_budget:g} is less than one step, which costs {step_flops:g} FLOPs")
     return min(limits)
-
-
-def evaluate_checkpoint(config):
-    """The losses of the best checkpoint in out_dir, over the windows of its run."""
-    model, info = checkpoint.load(Path(config.out_dir), "best", config.device)
-    if "config" not in info:
-        raise UserError(f"{config.out_dir} does not come from train.py, so it does not say what to evaluate it on")
-    of_the_run = {name: info["config"][name] for name in ("block_size", "vocab_size", "batch_size", "eval_iters")}
-    config = dataclasses.replace(config, **of_the_run)
-    with ranks.main_first():
-        meta, data = load_dataset(config.dataset, config.block_size, config.vocab_size, check=ranks.is_main())
-    if info["data"]["sha256"] != meta["sha256"]:
-        raise UserError(
-            f"{config.out_dir} was trained on {info['data']['source']!r}, but {config.dataset} holds "
-            f"{meta['source']!r}; name the run's data set with --dataset"
-        )
-    row = {"step": info["step"], **evaluate(model, data["val"], config.batch_size, config.eval_iters, config.dtype)}
-    print(report(row, info["config"]["max_iters"]))
-    return [row]
 
 
 if __name__ == "__main__":

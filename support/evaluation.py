@@ -5,7 +5,8 @@ import contextlib
 import numpy as np
 import torch
 
-from support import data, ranks
+from support import checkpoint, data, ranks
+from support.options import UserError
 
 
 @torch.no_grad()
@@ -65,6 +66,26 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
             "predictor_recall": hit / member,
         }
     return result
+
+
+def evaluate_checkpoint(out_dir, dataset, device, dtype):
+    """
+    Evaluate the best checkpoint in out_dir on the validation windows of its run. Returns the row, as in metrics.jsonl,
+    and the run's max_iters. Raises UserError if the data set is not the run's.
+    """
+    model, info = checkpoint.load(out_dir, "best", device)
+    if "config" not in info:
+        raise UserError(f"{out_dir} does not come from train.py, so it does not say what to evaluate it on")
+    config = info["config"]
+    with ranks.main_first():
+        meta, splits = data.load_dataset(dataset, config["block_size"], config["vocab_size"], check=ranks.is_main())
+    if info["data"]["sha256"] != meta["sha256"]:
+        raise UserError(
+            f"{out_dir} was trained on {info['data']['source']!r}, but {dataset} holds {meta['source']!r}; "
+            "name the run's data set with --dataset"
+        )
+    figures = evaluate(model, splits["val"], config["batch_size"], config["eval_iters"], dtype)
+    return {"step": info["step"], **figures}, config["max_iters"]
 
 
 def autocast(device, dtype):
