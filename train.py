@@ -80,7 +80,7 @@ class TrainConfig(MoDEConfig):
 def main(argv=None):
     advice = "halve --batch_size and double --gradient_accumulation_steps, which is the same training"
     with errors_in_one_line("train.py", advice), ranks.joined():
-        train(load(TrainConfig, argv, __doc__.split(":")[0], preset=True, base=options_of_the_run))
+        train(load(TrainConfig, argv, __doc__.split(":")[0], preset=True, combine=options_of_the_run))
 
 
 def train(config):
@@ -280,22 +280,23 @@ class Diverged(UserError):
 # Options and checks
 
 
-def options_of_the_run(given):
-    """For --resume: the options of the run in out_dir, in place of the defaults."""
+def options_of_the_run(preset, given):
+    """The options to use: on --resume, those of the run in place of the preset's, of which only out_dir counts."""
     if not given.get("resume"):
-        return {}
-    out_dir = given.get("out_dir", TrainConfig.out_dir)
+        return {**preset, **given}
+    out_dir = {**preset, **given}.get("out_dir", TrainConfig.out_dir)
     saved = run.saved_options(Path(out_dir))
     if saved is None:
+        runs = sorted(str(path.parent) for path in Path().glob("*/config.json") if run.saved_options(path.parent))
+        advice = f"one of {', '.join(runs)}" if runs else "or start a run without --resume"
         raise UserError(
             f"nothing to resume in {out_dir}: it has no config.json of a run; name the run's folder with --out_dir, "
-            "or start a run without --resume"
+            + advice
         )
-    names = {field.name for field in dataclasses.fields(TrainConfig)} - {"out_dir", "resume"}
-    saved = {name: value for name, value in saved.items() if name in names}
+    saved = {field.name: saved[field.name] for field in dataclasses.fields(TrainConfig) if field.name in saved}
     if {"max_iters", "flop_budget"} & given.keys():  # either one replaces the run's old length
         saved |= {"max_iters": 0, "flop_budget": 0.0}
-    return saved
+    return {**saved, **given, "out_dir": out_dir}
 
 
 def resolve(config):
@@ -306,6 +307,10 @@ def resolve(config):
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name} must be in [0, 1), got {getattr(config, name)}")
+    in_nanogpt = {"scratch": "leave it out", "resume": "use --resume", "gpt2": "run python -m support.gpt2 first"}
+    hint = in_nanogpt.get(config.init_from.split("-")[0])
+    if hint and not Path(config.init_from).is_dir():
+        raise UserError(f"init_from is the folder of a model; for {config.init_from}, {hint}")
     device = ranks.device(pick_device(config.device))
     if config.gradient_accumulation_steps % ranks.ranks() and not config.eval_only:
         raise UserError(

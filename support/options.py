@@ -36,8 +36,9 @@ def errors_in_one_line(script, smaller):
         sys.exit(f"{script}: {error}")
     except (RuntimeError, MemoryError) as error:
         reason = str(error).split("\n")[0]
-        # PyTorch says it in words alone: those of CUDA and MPS, and those of a CPU.
-        if not (isinstance(error, MemoryError) or "out of memory" in reason or "alloc_cpu" in reason):
+        # PyTorch has no class for this, only words: of CUDA and MPS, of a CPU, and for absurd sizes.
+        words = ("out of memory", "alloc_cpu", "Storage size calculation overflowed")
+        if not (isinstance(error, MemoryError) or any(part in reason for part in words)):
             raise
         sys.exit(f"{script}: out of memory ({reason}); {smaller}")
     except KeyboardInterrupt as stopped:
@@ -47,13 +48,12 @@ def errors_in_one_line(script, smaller):
         sys.exit(130)
 
 
-def load(options_class, argv, description, preset=False, base=None):
+def load(options_class, argv, description, preset=False, combine=lambda preset, given: {**preset, **given}):
     """
     The options of a command line as an instance of the dataclass `options_class`.
 
-    With preset=True the first argument may name a preset file. base: a function that gets what the preset and the
-    command line set, and returns a dict of what stands in for the defaults. Raises UserError for any input that is not
-    right.
+    With preset=True the first argument may name a preset file. combine: a function that gets the preset's options and
+    those given on the command line, and returns all that differ from the defaults. Raises UserError for wrong input.
     """
     fields = {field.name: field for field in dataclasses.fields(options_class)}
     comments = field_comments(options_class)
@@ -73,12 +73,11 @@ def load(options_class, argv, description, preset=False, base=None):
     given = {name: _convert(fields[name], value, f"--{name}") for name, value in given.items()}
 
     in_preset, in_cpu_part = _read_preset(path, fields) if path is not None else ({}, {})
-    values = {**in_preset, **given}
-    if in_cpu_part and pick_device(values.get("device", "auto")) == "cpu":
-        values = {**in_preset, **in_cpu_part, **given}
-        dialled = ", ".join(f"{name}={_short(values[name])}" for name in in_cpu_part)
-        print(f"On a CPU {path} dials itself down to {dialled}")
-    return options_class(**{**(base(values) if base else {}), **values})
+    if in_cpu_part and pick_device({**in_preset, **given}.get("device", "auto")) == "cpu" and not given.get("resume"):
+        in_preset |= in_cpu_part
+        smaller = ", ".join(f"{name}={_short(value)}" for name, value in in_cpu_part.items() if name not in given)
+        print(f"On a CPU {path} switches to {smaller}")
+    return options_class(**combine(in_preset, given))
 
 
 def field_comments(options_class):
@@ -106,6 +105,8 @@ def pick_device(name):
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:100]
+        if reason.startswith("Expected one of"):  # PyTorch lists twenty kinds of device
+            reason = "known names are cpu, cuda, cuda:1 and mps"
         raise UserError(f"device {name!r} cannot be used here ({reason}); --device=auto takes what is there") from None
     return name
 
@@ -123,14 +124,16 @@ def pick_dtype(name, device):
 def _read_preset(path, fields):
     """The assignments of a preset file, and those of its cpu part."""
     if not Path(path).is_file():
-        known = [str(p) for p in sorted(Path(path).parent.glob("*.py"))]
-        raise UserError(f"no preset file {path}{_nearest(path, known)}")
+        presets = {p.stem: p for p in sorted(CONFIG.glob("*.py"))}
+        name = NANOGPT_PRESETS.get(Path(path).stem, Path(path).stem)
+        near = difflib.get_close_matches(name, presets, n=1)
+        raise UserError(f"no preset file {path}" + (f"; did you mean config/{near[0]}.py?" if near else ""))
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path} is not a valid preset: {type(error).__name__}: {reason}") from None
-    names = {name: value for name, value in names.items() if not name.startswith("__")}
+    names = {n: value for n, value in names.items() if not (n.startswith("__") or inspect.ismodule(value))}
     cpu = names.pop("cpu", {})
     if not isinstance(cpu, dict):
         raise UserError(f"{path}: cpu must be a dict of options, got {cpu!r}")
@@ -182,12 +185,28 @@ def _unknown_argument(argument, fields):
     return f"unknown option {name}{_nearest(name, [f'--{field}' for field in fields]) or '; --help lists them all'}"
 
 
-RENAMED = {"selection": "variant"}
+CONFIG = Path(__file__).resolve().parents[1] / "config"
+NANOGPT_PRESETS = {
+    "train_shakespeare_char": "shakespeare_mod",
+    "train_gpt2": "owt_dense_124m",
+    "finetune_shakespeare": "shakespeare_finetune",
+}
+INSTEAD = {  # of options that nanoGPT or an earlier version has
+    "selection": "it is called variant now",
+    "always_save_checkpoint": "leave it out, every evaluation saves a checkpoint",
+    "lr_decay_iters": "leave it out, the learning rate decays until the end of the run",
+    "wandb_log": "use --wandb=PROJECT",
+    "wandb_project": "use --wandb=PROJECT",
+    "wandb_run_name": "leave it out, a run is named after its out_dir",
+    "backend": "leave it out, it follows from the device",
+    "init_from": "name the model's folder with --out_dir",  # in sample.py
+    "compile": "leave it out, sampling is not compiled",
+}
 
 
 def _nearest(name, known):
-    if now := RENAMED.get(str(name).removeprefix("--")):
-        return f"; it is called {now} now"
+    if instead := INSTEAD.get(str(name).removeprefix("--")):
+        return f"; {instead}"
     found = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {found[0]}?" if found else ""
 

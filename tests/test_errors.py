@@ -40,6 +40,7 @@ PRESETS = {
     "syntax": "n_layer = ",
     "name": "n_layer = six",
     "exits": "raise SystemExit('gone')",
+    "nanogpt": "import time\nwandb_run_name = str(time.time())",
 }
 
 
@@ -135,7 +136,7 @@ ROWS = [
     (
         "train",
         "config/shakespeare_mood.py",
-        "no preset file config/shakespeare_mood.py; did you mean config/shakespeare",
+        "no preset file config/shakespeare_mood.py; did you mean config/shakespeare_mod.py?",
     ),
     (
         "train",
@@ -158,6 +159,27 @@ ROWS = [
     ("train", "... --causal_method=ruter", "--causal_method must be one of predictor, router; got 'ruter'; did you"),
     ("train", "... --variant=sigmoid", "unknown variant 'sigmoid'; did you mean sigmoid_gate?"),
     ("train", "... --selection=stochastic", "unknown option --selection; it is called variant now"),
+    # What somebody who comes from nanoGPT types.
+    ("train", "config/train_shakespeare_char.py", "did you mean config/shakespeare_mod.py?"),
+    ("train", "config/train_gpt2.py", "did you mean config/owt_dense_124m.py?"),
+    ("train", "shakespeare_mod.py", "did you mean config/shakespeare_mod.py?"),
+    ("train", "shakespeare_mod", "did you mean config/shakespeare_mod.py?"),
+    ("train", f"... --n_embd={10**18}", "train.py: out of memory (Storage size"),
+    ("train", "... --init_from=resume", "init_from is the folder of a model; for resume, use --resume"),
+    ("train", "... --init_from=scratch", "for scratch, leave it out"),
+    ("train", "... --init_from=gpt2-xl", "for gpt2-xl, run python -m support.gpt2 first"),
+    ("train", "... --always_save_checkpoint=True", "leave it out, every evaluation saves a checkpoint"),
+    ("train", "... --lr_decay_iters=5000", "leave it out, the learning rate decays until the end of the run"),
+    ("train", "... --wandb_log=True", "use --wandb=PROJECT"),
+    ("train", "... --backend=nccl", "leave it out, it follows from the device"),
+    ("train", "... --device=gpu", "known names are cpu, cuda, cuda:1 and mps); --device=auto takes"),
+    (
+        "train",
+        "nanogpt.py",
+        "nanogpt.py: unknown option 'wandb_run_name'; leave it out, a run is named after its out_dir",
+    ),
+    ("sample", "--init_from=resume", "unknown option --init_from; name the model's folder with --out_dir"),
+    ("sample", "--compile=False", "unknown option --compile; leave it out, sampling is not compiled"),
     ("train", "... --dtype=float8", "--dtype must be one of auto, float32, bfloat16, float16; got 'float8'"),
     ("train", "... --device=tpu9", "device 'tpu9' cannot be used here"),
     ("train", "... --device=meta", "device 'meta' cannot be used here"),
@@ -207,7 +229,7 @@ ROWS = [
     (
         "train",
         "--resume",
-        "nothing to resume in out: it has no config.json of a run; name the run's folder with --out_dir",
+        "nothing to resume in out: it has no config.json of a run; name the run's folder with --out_dir, one of ",
     ),
     ("train", "--resume --out_dir=stranger", "nothing to resume in stranger"),
     ("train", "--resume --out_dir=run_nothing", "no checkpoint"),

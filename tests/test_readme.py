@@ -2,11 +2,19 @@
 
 import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
 
+import sample
+from data.shakespeare_char import prepare as shakespeare_char
 from docs import schematic
 from helpers import ROOT
+from mod import GPTConfig, RoutedBlock
 
 PAGES = [
     ROOT / "README.md",
@@ -86,3 +94,52 @@ def test_the_committed_schematics_are_what_the_script_draws(tmp_path):
     assert files and all(len(drawn(path)) > 100 for path in files)
     for path in files:
         assert drawn(path) == drawn(ROOT / "docs" / path.name)
+
+
+def blocks(language):
+    """The code blocks of the README in this language."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_twelve_lines_are_the_routed_block():
+    code = {}
+    exec(next(block for block in blocks("python") if "def routed_block" in block), code)
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=40, vocab_size=9, n_layer=2, n_head=2, n_embd=16, dropout=0.0)
+    block = RoutedBlock(config, layer=1).double()
+    x = torch.randn(3, 40, 16, dtype=torch.float64, requires_grad=True)
+    expected, got = block(x, torch.arange(40).expand(3, 40)), code["routed_block"](block, x)
+    assert torch.allclose(got, expected, rtol=0, atol=1e-12) and not torch.allclose(got, x)
+    weights = [x, *(p for name, p in block.named_parameters() if not name.startswith("predictor"))]
+    for one, other in zip(
+        torch.autograd.grad(got.square().sum(), weights), torch.autograd.grad(expected.square().sum(), weights)
+    ):
+        assert torch.allclose(one, other, rtol=0, atol=1e-10)
+
+
+def test_the_lines_of_python_run(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sample.load, "__defaults__", (sample.PRETRAINED, "cpu"))
+    [block] = [block for block in blocks("python") if "from sample import load" in block]
+    exec(block.replace('load("out-shakespeare-mod")', "load()"), {})
+    assert "FLOPs in a forward pass" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path):
+    """Those that train, sample or plot, as they stand but for fewer steps, in a copy with a short text."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "results", "out*", "*.bin", "notebooks", "tests"))
+    (tmp_path / "text.txt").write_text("ROMEO:\nBut, soft! what light through yonder window breaks?\n" * 99, "utf-8")
+    shakespeare_char.main([f"--input={tmp_path / 'text.txt'}", f"--out={copy / 'data' / 'shakespeare_char'}"])
+    commands = [line for block in blocks("bash") for line in block.splitlines()]
+    commands = [line for line in commands if re.match(r"python (train|sample|plot)\.py", line)]
+    assert len(commands) >= 8
+    for command in commands:
+        _, *argv = shlex.split(command, comments=True)
+        if argv[0] == "train.py":
+            argv += ["--device=cpu", "--max_iters=2", "--eval_iters=1"]
+        done = subprocess.run([sys.executable, *argv], cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+    assert (copy / "losses.png").is_file() and (copy / "map.png").is_file()

@@ -247,7 +247,7 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(tiny, 
         content = path.read_bytes()
         # Of a JSON the options are changed: they must not be used either.
         path.write_bytes(content.replace(b'"n_layer": 2', b'"n_layer": 3') if kind == "json" else content[:100])
-        assert train.options_of_the_run({"resume": True, "out_dir": config.out_dir})["n_layer"] == 2
+        assert train.options_of_the_run({}, {"resume": True, "out_dir": config.out_dir})["n_layer"] == 2
         capsys.readouterr()
         with pytest.raises(
             SystemExit
@@ -554,7 +554,7 @@ def test_any_option_comes_back_from_the_command_line_and_from_the_saved_config(d
     assert getattr(config, field.name) == value and type(getattr(config, field.name)) is kind
     saved = json.loads(json.dumps(dataclasses.asdict(config)))
     assert TrainConfig(**saved) == config
-    preset = load(TrainConfig, [], "", base=lambda given: saved)
+    preset = load(TrainConfig, [], "", combine=lambda preset, given: saved)
     assert preset == config
 
 
@@ -669,3 +669,13 @@ def test_an_option_that_did_not_exist_when_a_run_was_saved_counts_as_its_default
     capsys.readouterr()
     train.main([*resume, "--grad_clip=0.5"])
     assert "Not exactly the run that stopped: grad_clip was 1.0, now 0.5" in capsys.readouterr().out
+
+
+def test_on_resume_a_preset_only_says_which_folder(tiny, tmp_path, capsys):
+    train.train(dataclasses.replace(tiny, dropout=0.0))
+    preset = tmp_path / "preset.py"
+    preset.write_text(f"out_dir = {tiny.out_dir!r}\ndropout = 0.3\ncpu = dict(n_embd=64)\n", encoding="utf-8")
+    train.main([str(preset), "--resume", "--max_iters=8"])
+    last = checkpoint.read(Path(tiny.out_dir), "last")
+    assert (last["step"], last["config"]["dropout"], last["config"]["n_embd"]) == (8, 0.0, 16)
+    assert "switches to" not in capsys.readouterr().out

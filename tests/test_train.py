@@ -359,12 +359,13 @@ def test_the_presets_train_with_equal_flops(device, monkeypatch):
     assert shallow["n_layer"] == mod["n_layer"] / 2  # the unrouted half
 
 
-def test_without_a_gpu_a_preset_dials_itself_down_and_says_so(monkeypatch, capsys):
+def test_without_a_gpu_a_preset_switches_to_a_smaller_model_and_says_so(monkeypatch, capsys):
     on("cpu", monkeypatch)
     config = load(TrainConfig, [str(PRESETS[0]), "--n_embd=64"], "", preset=True)
     assert (config.n_layer, config.n_embd, config.block_size) == (4, 64, 128)  # preset, command line, cpu part
     out = capsys.readouterr().out
     assert out.startswith("On a CPU ") and "n_layer=4" in out and out.count("\n") == 1
+    assert "n_embd" not in out  # the user's own value is not the preset's
     on("cuda", monkeypatch)
     assert load(TrainConfig, [str(PRESETS[0])], "", preset=True).n_embd == 384
     assert capsys.readouterr().out == ""
