@@ -21,7 +21,7 @@ class LayerCache:
     """
     The keys and values of one block, (batch_size, nh, allocated, hs) each. Row b holds length[b] tokens in time order.
 
-    Storage grows on demand by half of its size, because growing means copying.
+    Storage grows by half of its size at a time, so that copies are rare.
     """
 
     CHUNK = 32  # grow by at least this many tokens
@@ -57,11 +57,13 @@ class Slots:
     """
 
     def __init__(self, rows, start, T, batch_size, device):
-        self.rows, self.end, self.device = rows, max(start) + T, device
-        self.row, self.mask = slice(None), None  # for all rows a slice, which copies nothing
+        self.rows, self.device = rows, device
+        self.end = max(start) + T  # S: tokens in the longest row after this pass
+        self.mask = None  # hides the unused end of shorter rows
+        self.stored = slice(None)  # selects these rows of the storage; for all rows a slice, which copies nothing
         if rows != list(range(batch_size)):
-            self.row = torch.tensor(rows, device=device)
-        self.new = self.row, slice(None), slice(self.end - T, self.end)
+            self.stored = torch.tensor(rows, device=device)
+        self.new = self.stored, slice(None), slice(self.end - T, self.end)  # selects where the new tokens go
         if min(start) < max(start):  # one token per row, and the rows have different lengths
             slot = torch.tensor(start, device=device)
             self.new = torch.tensor(rows, device=device)[:, None], slice(None), slot[:, None]
@@ -89,22 +91,21 @@ class View:
         layer.k[slots.new], layer.v[slots.new] = k, v  # padding too: the row's next tokens overwrite it
         for row, n in zip(slots.rows, self.counts):
             layer.length[row] += n
-        return layer.k[slots.row, :, : slots.end], layer.v[slots.row, :, : slots.end], slots.mask
+        return layer.k[slots.stored, :, : slots.end], layer.v[slots.stored, :, : slots.end], slots.mask
 
     def take(self, rows, counts):
-        """The view for a routed block that takes counts[row] tokens in these rows of the pass and none elsewhere."""
-        counts = [counts[row] for row in rows]
-        rows = [self.slots.rows[row] for row in rows]
+        """The view for a routed block: row i of this pass, for i in rows, takes counts[i] tokens, the others none."""
+        rows, counts = [self.slots.rows[i] for i in rows], [counts[i] for i in rows]
         start, batch_size = [self.layer.length[row] for row in rows], len(self.layer.length)
         return View(self.layer, Slots(rows, start, max(counts), batch_size, self.slots.device), counts)
 
 
 class KVCache:
-    """A cache for each block. read[b] is the number of tokens read so far in row b."""
+    """A cache for each block. n_read[b] is the number of tokens read so far in row b."""
 
     def __init__(self, config, batch_size):
         self.block_size = config.block_size
-        self.read = [0] * batch_size
+        self.n_read = [0] * batch_size
         self.layers = [LayerCache(batch_size, config.block_size) for _ in range(config.n_layer)]
 
     @property
@@ -114,25 +115,25 @@ class KVCache:
 
     def clear(self, rows):
         """Forget these rows."""
-        for lengths in (self.read, *(layer.length for layer in self.layers)):
+        for lengths in (self.n_read, *(layer.length for layer in self.layers)):
             for row in rows:
                 lengths[row] = 0
         for layer in self.layers:
-            if not any(layer.length):
+            if not any(layer.length):  # no row uses this storage any more: free it
                 layer.k = layer.v = None
 
 
 @torch.no_grad()
 def read(model, cache, idx, rows):
     """Read the new tokens idx (n, T) into these rows, with causal routing. Returns the next logits (n, vocab_size)."""
-    T, device, start = idx.size(1), model.lm_head.weight.device, [cache.read[row] for row in rows]
-    slots = Slots(rows, start, T, len(cache.read), device)
+    T, device, start = idx.size(1), model.lm_head.weight.device, [cache.n_read[row] for row in rows]
+    slots = Slots(rows, start, T, len(cache.n_read), device)
     positions = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device)  # (n, T)
     views = [View(layer, slots, [T] * len(rows)) for layer in cache.layers]
     with evaluating(model):
         x = model.trunk(idx.to(device), positions, "causal", views)  # (n, T, C)
     for row in rows:
-        cache.read[row] += T
+        cache.n_read[row] += T
     return model.lm_head(x[:, -1])
 
 
@@ -150,15 +151,15 @@ def prefill(model, cache, prompts, rows=None):
     for T in sorted(set(lengths)):  # prompts of one length share a pass, so none needs padding
         group = [i for i, length in enumerate(lengths) if length == T]
         idx = torch.tensor([prompts[i] for i in group])
-        for i, row in zip(group, read(model, cache, idx, [rows[i] for i in group])):
-            logits[i] = row
+        for i, logits_of_row in zip(group, read(model, cache, idx, [rows[i] for i in group])):
+            logits[i] = logits_of_row
     return torch.stack(logits)
 
 
 def step(model, cache, token, rows=None):
     """Read one more token (n,) into each of the rows, by default all. Returns the next logits (n, vocab_size)."""
     rows = list(range(len(token))) if rows is None else rows
-    full = [row for row in rows if cache.read[row] >= cache.block_size]
+    full = [row for row in rows if cache.n_read[row] >= cache.block_size]
     if full:
         raise ValueError(f"rows {full} have read block_size = {cache.block_size} tokens; prefill them anew")
     return read(model, cache, token[:, None], rows)
@@ -169,19 +170,19 @@ def stream(model, prompts, max_new_tokens, cache=None, seed=None, **options):
     Continue each of the B prompts. Yields the B new tokens (B,) as soon as they exist, max_new_tokens times.
 
     prompts: a tensor (B, T), or lists of different lengths. A row whose window is full restarts alone, as in
-    GPT.generate. options: see pick_token. Pass a KVCache(config, B) of your own to watch it. If the prompts have one
-    length, the routed blocks' `taken` is about the prompts (B, T) at the first yield; after that its last column is
-    about the token read last.
+    GPT.generate. options: see pick_token. Pass a KVCache(config, B) of your own to watch it. If all prompts have the
+    same length, each routed block's `taken` covers the prompts (B, T) at the first yield. Later, its last column
+    belongs to the newest token.
     """
     block_size, device = model.config.block_size, model.lm_head.weight.device
     texts = [torch.as_tensor(prompt).tolist() for prompt in prompts]
     cache = cache or KVCache(model.config, len(texts))
-    if len(cache.read) != len(texts):
-        raise ValueError(f"the cache has {len(cache.read)} rows, but there are {len(texts)} prompts")
+    if len(cache.n_read) != len(texts):
+        raise ValueError(f"the cache has {len(cache.n_read)} rows, but there are {len(texts)} prompts")
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     token = None  # the last tokens (B,)
     for i in range(max_new_tokens):
-        fresh = [row for row in range(len(texts)) if i == 0 or cache.read[row] == block_size]
+        fresh = [row for row in range(len(texts)) if i == 0 or cache.n_read[row] == block_size]
         others = [row for row in range(len(texts)) if row not in fresh]
         logits = []
         if fresh:

@@ -34,7 +34,7 @@ class GPTConfig:
     bias: bool = True  # biases in linear layers and LayerNorms, as in GPT-2
     capacity: float = 0.125  # share of the tokens that a routed block processes, in (0, 1]
     route_every: int = 2  # 2: blocks 1, 3, 5, ... are routed; 1: every block; 0: none, a plain dense GPT
-    causal_method: Literal["predictor", "router"] = "predictor"  # what replaces top-k in sampling
+    causal_method: Literal["predictor", "router"] = "predictor"  # what decides in sampling, where top-k cannot
     predictor_hidden: int = 32  # hidden units of the predictor
     variant: str = ""  # a routed block from variants.py, such as sigmoid_gate; empty: the paper's
 
@@ -73,15 +73,16 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, positions, cache=None):
-        """x (B, T, C) in time order. positions (B, T): the places of these tokens in the text."""
+        """x (B, T, C) in time order; in a routed block T is k. positions (B, T): the tokens' places in the text."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in (q, k, v))  # (B,nh,T,hs)
         # GPT-2 adds its positions at the embedding. Rotary embeddings would turn q and k by `positions` here.
         mask = None
         if cache is not None:
-            k, v, mask = cache.append(k, v)  # the new keys and values behind those of earlier tokens
+            k, v, mask = cache.append(k, v)  # all keys and values so far, the new ones last
         dropout = self.dropout if self.training else 0.0
+        # A single token sees every stored key. With is_causal it would see the first key only.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -148,6 +149,9 @@ class RoutedBlock(Block):
 
         taken    (B, T) bool   the tokens that the block processed
         logits   (B, T)        the causal decisions; positive means take
+
+    Inside a pass, `picked` (B, k) lists the tokens to compute. In a causal pass some of them may be fillers, which are
+    not taken.
     """
 
     has_routing_loss = True  # False in variants whose causal decisions are not trained
@@ -190,7 +194,7 @@ class RoutedBlock(Block):
     def process_causal(self, x, r, positions, cache=None):
         """Process the tokens with positive logits. Sequences take different numbers of them; those with none skip."""
         self.taken = self.logits > 0  # (B, T)
-        counts = self.taken.sum(dim=1).tolist()  # the shapes below depend on the data, so the CPU waits for them here
+        counts = self.taken.sum(dim=1).tolist()  # waits for the device: the shapes below depend on these counts
         rows = [row for row, n in enumerate(counts) if n > 0]
         if not rows:
             return x
@@ -199,25 +203,24 @@ class RoutedBlock(Block):
         # The stable sort moves the taken tokens to the front and keeps their order. Sequences with fewer are filled up
         # with tokens they do not take: these come last, so no taken token sees them, and `process` gives them gate 0.
         picked = (~self.taken).int().argsort(dim=1, stable=True)[:, : max(counts)]  # (B, k)
-        return self.process(x, r, picked, positions, cache, rows if len(rows) < len(x) else None)
+        part = torch.tensor(rows, device=x.device) if len(rows) < len(x) else slice(None)
+        return self.process(x, r, picked, positions, cache, part)
 
-    def process(self, x, r, picked, positions, cache=None, rows=None):
+    def process(self, x, r, picked, positions, cache=None, part=slice(None)):
         """
-        Equation (1): adds to x (B, T, C) the gated updates of the picked tokens (B, k). rows: the sequences that take
-        any token, None: all.
+        Equation (1): adds to x (B, T, C) the gated updates of the picked tokens (B, k). part: which sequences to
+        process, n of them; by default all.
         """
         B, T, C = x.shape
         gate = self.gate(r).masked_fill(~self.taken, 0.0).gather(1, picked)  # (B, k)
         positions = positions.gather(1, picked)  # (B, k)
         index = picked + torch.arange(0, B * T, T, device=x.device).unsqueeze(-1)  # (B, k), places in the whole batch
-        if rows is not None:
-            part = torch.tensor(rows, device=x.device)
-            gate, positions, index = gate[part], positions[part], index[part]
+        gate, positions, index = gate[part], positions[part], index[part]  # (n, k)
         # One list of all tokens, because index_select and index_add are much faster than gather and scatter_add.
         tokens = x.flatten(0, 1)  # (B * T, C)
         update = self.update(tokens.index_select(0, index.flatten()).view(*index.shape, C), positions, cache)
         # The gate multiplies the update, never the residual. Through it the router learns from the loss (§3.4).
-        update = (gate.unsqueeze(-1) * update).to(x.dtype)  # (B, k, C)
+        update = (gate.unsqueeze(-1) * update).to(x.dtype)  # (n, k, C)
         return tokens.index_add(0, index.flatten(), update.flatten(0, 1)).view(B, T, C)
 
     def scores(self, r):
@@ -225,14 +228,14 @@ class RoutedBlock(Block):
         return r
 
     def gate(self, r):
-        """What multiplies the update (B, T). The raw router weight does not depend on other tokens, a softmax would."""
+        """What multiplies the update (B, T). A softmax over the tokens would make it depend on later ones."""
         return r
 
     def causal_logits(self, x, r, positions):
         """Positive for the tokens to take (B, T), decided for each token from its x (B, T, C) and position (B, T)."""
         if self.predictor is None:
             return r  # no stop-gradient: the routing loss trains the router, and the blocks before it
-        # The stop-gradient (§3.5): the predictor learns about the language model without disturbing it.
+        # The stop-gradient (§3.5): the predictor reads the model's activations and sends no gradient into them.
         return self.predictor(x.detach()).squeeze(-1)
 
     def flops(self, T, taken=None):
@@ -260,7 +263,7 @@ def capacity_in_tokens(capacity, T):
 
 
 def no_autocast(x):
-    """A context without autocast on the device of x, where it is on."""
+    """A context that turns autocast off for the device of x, or does nothing if it is off."""
     device = x.device.type
     if x.is_meta or not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
@@ -287,7 +290,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # weight tying
-        self.last_routing = None  # of the last pass
+        self.last_routing = None  # "topk" or "causal": of the last pass, which routing_loss scores
 
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
@@ -337,7 +340,7 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def trunk(self, idx, positions, routing, caches=None):
-        """From token ids (B, T) to the last LayerNorm (B, T, C). cache.py calls it with a cache for each block."""
+        """All layers but the head: token ids (B, T) to activations (B, T, C). caches: one per block (cache.py)."""
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         positions = positions.expand(idx.shape)  # (B, T)
         for layer, block in enumerate(self.transformer.h):
@@ -360,12 +363,11 @@ class GPT(nn.Module):
 
     def flops(self, T, taken=None):
         """
-        FLOPs of a forward pass over one sequence of T tokens, exactly as PyTorch's FlopCounterMode counts them on the
-        meta device (it misses a CPU's fused attention): matrix products only, attention as a full T x T. By convention
-        a training step costs three times as much.
+        FLOPs of a forward pass over one sequence of T tokens: matrix products only, attention as a full T x T. Equals
+        the count of PyTorch's FlopCounterMode on the meta device. By convention a training step costs 3 times as much.
 
-        taken: None for a top-k pass. For a causal pass, the number of tokens that each routed block took; in a batch, a
-        block computes the largest of its rows' counts for each row that takes any. With experts see mode.py.
+        taken: None for a top-k pass. For a causal pass, the number of tokens that each routed block took. (In a batch,
+        each row that takes any token costs as much as the row that takes most.) With experts see mode.py.
         """
         routed = self.routed_blocks
         if taken is not None and len(taken) != len(routed):
@@ -397,15 +399,15 @@ class GPT(nn.Module):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """The model without dropout inside the `with` block."""
-    was_training = model.training
-    if was_training:  # switching visits every module, so do not do it for each sampled token
-        model.eval()
+    """Evaluation mode inside the `with` block: no dropout."""
+    if not model.training:  # switching visits every module, so do not do it for each sampled token
+        yield
+        return
+    model.eval()
     try:
         yield
     finally:
-        if was_training:
-            model.train()
+        model.train()
 
 
 def pick_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -431,6 +433,6 @@ def pick_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_p == 1:
         return torch.multinomial(p, 1, generator=generator).squeeze(-1)
     p, token = p.sort(dim=-1, descending=True)
-    before = p.cumsum(dim=-1) - p  # the probability of all likelier tokens, 0 for the first, which always stays
-    p = p.masked_fill(before >= max(top_p, 1e-30), 0.0)
+    likelier = p.cumsum(dim=-1) - p  # the probability of all likelier tokens: 0 for the first, which always stays
+    p = p.masked_fill(likelier >= max(top_p, 1e-30), 0.0)
     return token.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)

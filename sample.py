@@ -33,11 +33,11 @@ class SampleConfig:
     max_new_tokens: int = 500  # length of each continuation in tokens
     temperature: float = 0.8  # below 1 safer, above 1 wilder; 0: always the likeliest token
     top_k: int = 0  # sample among the top_k likeliest tokens only; 0: all. Nothing to do with routing
-    top_p: float = 1.0  # sample among the fewest likeliest tokens that have this probability together
+    top_p: float = 1.0  # sample among the fewest likeliest tokens whose probabilities add up to this; 1: all
     seed: int = 1337  # the same seed gives the same text
     show_depth: bool = False  # colour each token by how many routed blocks processed it
-    depth_svg: str = ""  # the same as a picture: a .svg file of the first sample
-    routing_map: str = ""  # which routed block processed which token of the first sample: .png, .svg, .pdf
+    depth_svg: str = ""  # draw the first sample, coloured like this, to this .svg file
+    routing_map: str = ""  # draw which routed block processed which token of it to this .png, .svg or .pdf file
     device: str = "auto"  # auto (the best available), cpu, cuda, mps, ...
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 if the GPU has it
 
@@ -49,7 +49,7 @@ def main(argv=None):
         try:
             sample(options.load(SampleConfig, argv, __doc__.split(",")[0]))
         except BrokenPipeError:  # the reader closed the pipe, e.g. `| head`
-            # Or Python complains when it flushes at the end.
+            # Otherwise Python prints an error when it flushes stdout at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
 
@@ -73,7 +73,10 @@ def sample(config):
     set_dtype(model, getattr(torch, pick_dtype(config.dtype, device)))
     layers = [layer for layer in range(model.config.n_layer) if model.config.is_routed(layer)]
     if not layers and (config.show_depth or pictures):
-        raise UserError(f"{config.out_dir} holds a dense model: every token goes through every block, nothing to show")
+        raise UserError(
+            f"{config.out_dir} holds a dense model, in which every token goes through every block; "
+            "drop --show_depth, --depth_svg and --routing_map"
+        )
     prompt = tokenizer.encode(read_prompt(config.start)) or tokenizer.default_prompt
 
     printer = depth.DepthPrinter(len(layers)) if config.show_depth else depth.PlainPrinter()
@@ -108,14 +111,13 @@ def follow(model, prompt, tokenizer, config, printer):
     Generate, and print the first text as it comes.
 
     Returns the texts as lists of token texts; which routed block took which token, bool (routed blocks, num_samples,
-    tokens read); the seconds spent after the prompt was read; the most bytes that the cache had.
+    tokens read); the seconds spent after the prompt was read; the cache's peak size in bytes.
     """
     cache = KVCache(model.config, config.num_samples)
     decoders = [tokenizer.decoder() for _ in range(config.num_samples)]
     texts = [[decode(t) for t in prompt] for decode in decoders]
     taken, seconds, cache_bytes = [], 0.0, 0
-    # One token more than asked for, and printing is one step behind: what the blocks decide about a token is known when
-    # they have read it.
+    # A token's depth is known only when the next step reads it. So ask for one token more, and print one step behind.
     options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
     new_tokens = stream(model, [prompt] * config.num_samples, config.max_new_tokens + 1, cache, **options)
     clock = time.perf_counter()
@@ -124,11 +126,11 @@ def follow(model, prompt, tokenizer, config, printer):
         if i > 0:
             seconds += time.perf_counter() - clock
         cache_bytes = max(cache_bytes, cache.nbytes)
-        new = cache.read[0] if i == 0 else 1  # tokens read; of a prompt longer than the window its last part only
+        new = cache.n_read[0] if i == 0 else 1  # tokens read in this step: the prompt (at most a window of it), then 1
         blocks = [block.taken[:, -new:].cpu() for block in model.routed_blocks]
         taken.append(torch.stack(blocks) if blocks else torch.zeros(0, config.num_samples, new, dtype=torch.bool))
         if i == 0:
-            printer.add_all(texts[0][:-new], [None] * len(prompt))
+            printer.add_all(texts[0][:-new], [None] * (len(prompt) - new))
         printer.add_all(texts[0][-new:], taken[-1][:, 0].sum(dim=0).tolist())
         if i < config.max_new_tokens:
             for text, decode, t in zip(texts, decoders, tokens):

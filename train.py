@@ -34,7 +34,7 @@ from support.report import ProgressLine, describe, import_wandb, report, version
 class TrainConfig(MoDEConfig):
     """All options. Those of the model come from mod.py and mode.py. The comments are the help texts."""
 
-    # the model, with other defaults
+    # options of the model whose defaults differ from those in mod.py
     block_size: int = 256
     vocab_size: int = 0  # number of tokens; 0: as many as the data set has
     n_layer: int = 6
@@ -48,13 +48,13 @@ class TrainConfig(MoDEConfig):
     dataset: str = "shakespeare_char"  # a folder below data/, or the path of any folder that a prepare.py wrote
     init_from: str = ""  # start from the best weights in this folder, of a run or of support.gpt2; empty: random ones
     eval_interval: int = 250  # steps between evaluations
-    eval_iters: int = 200  # batches per evaluation at most; a small validation split is read once, whole
+    eval_iters: int = 200  # batches per evaluation at most; a smaller validation split is read whole, once
     eval_only: bool = False  # evaluate the best checkpoint in out_dir and exit
     log_interval: int = 10  # steps between updates of the progress line
     wandb: str = ""  # also log to this project of Weights & Biases; empty: do not
     # length
     max_iters: int = 0  # training steps; 0: as many as flop_budget pays for
-    flop_budget: float = 0.0  # training FLOPs, 3 x the top-k forward pass; with max_iters too, the shorter run wins
+    flop_budget: float = 0.0  # training FLOPs, 3 x the top-k forward pass; with max_iters too, the lower limit holds
     batch_size: int = 64  # sequences per micro-step
     gradient_accumulation_steps: int = 1  # micro-steps per training step
     # AdamW; the learning rate warms up linearly, then follows a cosine over exactly the run
@@ -184,7 +184,7 @@ def train(config):
         if logger:
             logger.finish()
         if progress.saved != progress.step and not run.save(out_dir, model, stateful, progress, info, stop):
-            raise UserError(f"the run ends at step {step:,} without a checkpoint of it; make space, then --resume")
+            raise UserError(f"the checkpoint of step {step:,} could not be saved; free disk space, then --resume")
         if not rows or rows[-1]["step"] < config.max_iters:
             launcher = "torchrun (with the options it had)" if ranks.under_torchrun() else "python"
             command = f"{launcher} train.py --resume --out_dir={shlex.quote(config.out_dir)}"
@@ -239,7 +239,7 @@ def training_step(model, wrapped, optimizer, scaler, tokens, step, config):
 
 
 def clip_gradients(model, limit):
-    """Clip the predictors' gradients and all others separately; returns the sum of their norms."""
+    """Clip the predictors' gradients and all others separately. Returns the sum of both norms."""
     # Under one common norm the predictors' gradients would scale the others, and so change the language model.
     predictor, trunk = [], []
     for name, p in model.named_parameters():
@@ -328,11 +328,11 @@ def resolve(config):
 def model_config(config, meta):
     """The model's own config, a GPTConfig or MoDEConfig, with the data set's vocabulary unless a larger one is set."""
     if not config.n_expert and (config.staged or config.n_noop):
-        raise UserError("staged and n_noop are about experts; set their number too, such as --n_expert=4")
+        raise UserError("staged and n_noop need experts, got n_expert 0; set it, such as --n_expert=4")
     if config.n_expert and not 0 < config.route_every <= config.n_layer:
         raise UserError(
-            f"n_expert is {config.n_expert}, but no block has experts: they are in the blocks that are routed, and "
-            f"route_every {config.route_every} routes none of {config.n_layer}"
+            f"n_expert is {config.n_expert}, but only routed blocks have experts, and route_every {config.route_every} "
+            f"routes none of {config.n_layer} blocks; set route_every between 1 and {config.n_layer}"
         )
     cls = config_class(asdict(config))
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}

@@ -10,7 +10,6 @@ random numbers, so the same seed gives it other initial weights.
 """
 
 import difflib
-import math
 
 import torch
 
@@ -45,7 +44,7 @@ class LoudRouter(RoutedBlock):
 
 
 class ExploringNoise(RoutedBlock):
-    """Adds noise to the scores in training, at first far more than they vary; it halves every 250 passes."""
+    """Adds noise to the scores in training: at first 3 of their standard deviations, halved every 250 passes."""
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -63,6 +62,8 @@ class ExploringNoise(RoutedBlock):
 
 
 class Control(RoutedBlock):
+    """A subclass has make_rule(...), which returns (block_size,): positive where the causal pass takes the token."""
+
     has_routing_loss = False
 
     def __init__(self, config, layer):
@@ -91,13 +92,13 @@ class Position(Control):
     """Evenly spaced positions in every sequence, with top-k and causally: at 12.5% tokens 7, 15, 23, ..."""
 
     def make_rule(self, block_size, capacity, layer):
-        ends = [math.floor(i * capacity + 1e-9) for i in range(block_size + 1)]
-        # Positive where a token is taken, negative elsewhere. The slope lets top-k take the first token where no number
-        # is positive, in sequences shorter than 1 / capacity.
-        return torch.tensor([b - a - (i + 1) / (block_size + 1) for i, (a, b) in enumerate(zip(ends, ends[1:]))])
+        positions = torch.arange(block_size + 1, dtype=torch.float64)
+        taken = (positions * capacity + 1e-9).floor().diff()  # 1 where the token is taken, otherwise 0
+        # In a sequence shorter than 1 / capacity no token is. The slope makes top-k take the first one there.
+        return (taken - positions[1:] / (block_size + 1)).float()
 
     def scores(self, r):
-        return self.logits
+        return self.logits  # the rule: `forward` has just computed it
 
 
 # Other blocks, capacities and causal rules
@@ -121,7 +122,7 @@ class AttentionOnly(RoutedBlock):
 
 
 class FallingCapacity(RoutedBlock):
-    """Early routed blocks take almost twice the capacity, late ones almost none; `capacity` is about the mean."""
+    """The capacity falls linearly with depth, from at most twice `capacity` towards 0; the mean is about `capacity`."""
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -139,17 +140,17 @@ class ExpertThreshold(RoutedBlock):
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.register_buffer("mean", torch.zeros(()))  # moving average of the smallest weights; it begins at 0
-        self.register_buffer("weight", torch.zeros(()))  # moving average of the number 1, which corrects for that
+        self.register_buffer("ones", torch.zeros(()))  # the same average of 1; dividing by it corrects that, as in Adam
 
     def scores(self, r):
         if self.training:
             smallest = r.detach().topk(capacity_in_tokens(self.capacity, r.size(1)), dim=1).values[:, -1]  # (B,)
             self.mean.lerp_(smallest.mean(), 0.05)
-            self.weight.lerp_(torch.ones_like(self.weight), 0.05)
+            self.ones.lerp_(torch.ones_like(self.ones), 0.05)
         return r
 
     def causal_logits(self, x, r, positions):
-        return r - self.mean / self.weight.clamp(min=1e-6)
+        return r - self.mean / self.ones.clamp(min=1e-6)
 
 
 VARIANTS = {

@@ -75,7 +75,7 @@ def evaluate_checkpoint(out_dir, dataset, device, dtype):
     """
     model, info = checkpoint.load(out_dir, "best", device)
     if "config" not in info:
-        raise UserError(f"{out_dir} does not come from train.py, so it does not say what to evaluate it on")
+        raise UserError(f"{out_dir} does not come from train.py, so its data is unknown; name a run's folder")
     config = info["config"]
     with ranks.main_first():
         meta, splits = data.load_dataset(dataset, config["block_size"], config["vocab_size"], check=ranks.is_main())

@@ -275,7 +275,7 @@ ROWS = [
     ("sample", "--out_dir=run --depth_svg=a.svg --routing_map=a.svg", "depth_svg and routing_map cannot both be a.svg"),
     ("sample", "--out_dir=run --depth_svg=none/a.svg", "there is no folder none; make it first"),
     ("sample", "--out_dir=run --routing_map=folder.png", "cannot write the picture"),
-    ("sample", "--out_dir=dense --show_depth", "holds a dense model: every token goes through every block"),
+    ("sample", "--out_dir=dense --show_depth", "holds a dense model, in which every token goes through every block"),
     ("sample", "--out_dir=dense --routing_map=a.png", "holds a dense model"),
     ("sample", "--out_dir=run_cut", "is damaged: its SHA-256 is not the one in best.json"),
     ("sample", "--out_dir=run_flipped", "is damaged: its SHA-256 is not the one in best.json"),

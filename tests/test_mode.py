@@ -174,10 +174,10 @@ def test_a_staged_block_that_takes_no_token_leaves_no_old_decisions():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(staged=True), "staged and n_noop are about experts"),
-        (dict(n_noop=2), "staged and n_noop are about experts"),
-        (dict(n_expert=2, route_every=0), "no block has experts"),
-        (dict(n_expert=2, n_layer=1), "no block has experts"),
+        (dict(staged=True), "staged and n_noop need experts"),
+        (dict(n_noop=2), "staged and n_noop need experts"),
+        (dict(n_expert=2, route_every=0), "only routed blocks have experts"),
+        (dict(n_expert=2, n_layer=1), "only routed blocks have experts"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(tiny, options, message):
