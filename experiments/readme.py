@@ -34,11 +34,13 @@ def measured():
 
 def blocks(models, learned, known, timed, presets):
     """The generated parts, {NAME: text}."""
+    claims, verdicts = report.claims(models, learned, timed)
     return {
         **report.tables(models),
         **routing.tables(learned),
         "known depth": known_depth.table(known),
-        "claims": report.claims(models, learned, timed),
+        "claims": claims,
+        "verdicts": verdicts,
         "training speed": training_speed(timed),
         "sampling speed": sampling_speed(timed),
         "presets": plot.table(presets),

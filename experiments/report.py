@@ -409,6 +409,12 @@ def draw_changes(models, path):
 
 # The paper's claims: the claim, what the paper says, and the command whose runs test it
 
+WHERE = {  # headings of results/README.md
+    "isoflop full": "isoflop-curves",
+    "isoflop laptop": "one-thing-changed",
+    "isoflop experts": "depth-and-experts",
+    "routing all": "with-and-without-the-future-what-the-router-learned",
+}
 CLAIMS = (
     ("1. At equal training FLOPs the best MoD is at or below the best dense GPT", "up to 1.5% below", "isoflop full"),
     ("2. The best MoD has more parameters than the best dense GPT", "more", "isoflop full"),
@@ -423,7 +429,10 @@ NOT_RUN = "not run yet", "open"
 
 
 def claims(models, learned, timed):
-    """The paper's claims beside our results. learned: lines of routing.py; timed: figures of bench.py."""
+    """
+    The paper's claims beside our results, and the same in short: two tables. learned: lines of routing.py; timed:
+    figures of bench.py.
+    """
     found = comparisons(models)
     ours = [
         claim_1(found),
@@ -436,7 +445,14 @@ def claims(models, learned, timed):
         claim_8(models),
     ]
     rows = [[*claim[:2], *result, f"`experiments.{claim[2]}`"] for claim, result in zip(CLAIMS, ours)]
-    return markdown(":claim | :paper | :here | :verdict | :command", rows)
+    short_rows = [
+        [claim, verdict, f"[{command}](results/README.md#{WHERE[command]})"]
+        for (claim, _, command), (_, verdict) in zip(CLAIMS, ours)
+    ]
+    return (
+        markdown(":claim | :paper | :here | :verdict | :command", rows),
+        markdown(":claim | :verdict | :runs of", short_rows),
+    )
 
 
 def how_many(held):

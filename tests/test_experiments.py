@@ -536,7 +536,7 @@ def test_a_rival_that_diverged_is_left_out_of_the_tables():
     ],
 )
 def test_the_first_claims_verdict(losses, verdict):
-    assert f"| {verdict} |" in report.claims(report.models_of(made_up(losses)), [], []).splitlines()[2]
+    assert f"| {verdict} |" in report.claims(report.models_of(made_up(losses)), [], [])[0].splitlines()[2]
 
 
 def test_one_size_alone_is_no_comparison():
@@ -557,7 +557,7 @@ def test_a_claim_about_what_was_not_run_is_open():
     asked = [dict(capacity=c) for c in (0.0625, 0.25, 0.5)] + [dict(route_every=1), dict(variant="stochastic")]
 
     def fifth():
-        return report.claims(report.models_of(done), [], []).splitlines()[6]
+        return report.claims(report.models_of(done), [], [])[0].splitlines()[6]
 
     for change in asked:
         assert "| open |" in fifth()
@@ -609,7 +609,7 @@ def test_the_time_of_a_training_step_is_that_of_the_bench_for_the_same_two_model
     done = made_up([1, 1.619, 1.620, 1.621]) | lines_of(replace(MOD, n_embd=48), [1, 1.619, 1.620, 1.621], choice=1.8)
 
     def third(timed):
-        return report.claims(report.models_of(done), [], timed).splitlines()[4]
+        return report.claims(report.models_of(done), [], timed)[0].splitlines()[4]
 
     bench = {"n_layer": 4, "n_embd": 48, "against": "2x64", "train_time_ratio": 0.777}
     assert "0.78 of the time of a training step" in third(

@@ -102,7 +102,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_twelve_lines_are_the_routed_block():
+def test_the_ten_lines_are_the_routed_block():
     code = {}
     exec(next(block for block in blocks("python") if "def routed_block" in block), code)
     torch.manual_seed(0)
