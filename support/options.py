@@ -3,8 +3,8 @@ Options of the command-line tools: a dataclass of defaults, a preset file, `--ke
 
     python train.py config/shakespeare_mod.py --learning_rate=3e-3
 
-A preset is a Python file of bare assignments to option names. It may add `cpu = dict(...)`: options for a machine
-without a GPU. The order, later wins: defaults, preset, its cpu part, command line.
+A preset is a Python file that assigns values to option names. It may also assign `cpu`, a dict of options for a machine
+without a GPU. Later ones win: defaults, preset, its cpu part, command line.
 """
 
 import argparse
@@ -15,59 +15,65 @@ import inspect
 import re
 import runpy
 import sys
-import typing
 from pathlib import Path
+from typing import get_args
+
+RENAMED = {"selection": "variant"}  # old option names and their current ones
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line: what was got, what was expected, what to do."""
+    """A user's mistake in one line: got, expected, what to do."""
 
 
 @contextlib.contextmanager
 def errors_in_one_line(script, smaller):
     """
-    Around a tool's work: a user's mistake ends it with one line on stderr, a fault of ours with its whole traceback.
+    Around a tool's work: a user's mistake ends it with one line on stderr. Our own bugs keep their traceback.
 
-    smaller: what to do when the memory is too small.
+    smaller: what to do when memory runs out.
     """
     try:
         yield
-    except (UserError, OSError) as error:  # OSError: a disk that is full, a file that may not be read
+    except (UserError, OSError) as error:  # OSError: a full disk, an unreadable file
         sys.exit(f"{script}: {error}")
     except (RuntimeError, MemoryError) as error:
         reason = str(error).split("\n")[0]
-        # PyTorch says it in words alone: those of CUDA and MPS, and those of a CPU.
+        # PyTorch has no error class for this on all devices. The words are those of CUDA and MPS, and of a CPU.
         if not (isinstance(error, MemoryError) or "out of memory" in reason or "alloc_cpu" in reason):
             raise
         sys.exit(f"{script}: out of memory ({reason}); {smaller}")
     except KeyboardInterrupt as stopped:
         if str(stopped):
-            with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the program that reads our lines
+            with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the program that reads our output
                 print(stopped, flush=True)
         sys.exit(130)
 
 
 def load(options_class, argv, description, preset=False, base=None):
     """
-    The options of a command line as an instance of the dataclass `options_class`.
+    Parse a command line into an instance of the dataclass `options_class`. Raises UserError for invalid input.
 
-    With preset=True the first argument may name a preset file. base: a function that gets what the preset and the
-    command line set, and returns a dict of what stands in for the defaults. Raises UserError for any input that is not
-    right.
+    preset=True: the first argument may be a preset file. base: a function from the options that the preset and the
+    command line set to a dict that replaces defaults.
     """
     fields = {field.name: field for field in dataclasses.fields(options_class)}
     comments = field_comments(options_class)
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_wide)
     if preset:
         parser.add_argument("preset", nargs="?", help="a file of options, such as those in config/")
     for field in fields.values():
-        kind = "{" + ",".join(_choices(field)) + "}" if _choices(field) else field.type.__name__.upper()
+        choices = get_args(field.type)
+        kind = "{" + ",".join(choices) + "}" if choices else field.type.__name__.upper()
         text = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
         flag = {"nargs": "?", "const": "True"} if field.type is bool else {}  # --bias is short for --bias=True
         parser.add_argument(f"--{field.name}", metavar=kind, default=argparse.SUPPRESS, help=text, **flag)
     given, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("--"):
+        raise UserError(f"unexpected argument {unknown[0]!r}; options are written --name=value")
     if unknown:
-        raise UserError(_unknown_argument(unknown[0], fields))
+        name = unknown[0].split("=")[0]
+        hint = _nearest(name, [f"--{field}" for field in fields]) or "; --help lists them all"
+        raise UserError(f"unknown option {name}{hint}")
     given = vars(given)
     path = given.pop("preset", None)
     given = {name: _convert(fields[name], value, f"--{name}") for name, value in given.items()}
@@ -76,13 +82,14 @@ def load(options_class, argv, description, preset=False, base=None):
     values = {**in_preset, **given}
     if in_cpu_part and pick_device(values.get("device", "auto")) == "cpu":
         values = {**in_preset, **in_cpu_part, **given}
-        dialled = ", ".join(f"{name}={_short(values[name])}" for name in in_cpu_part)
+        shown = {name: values[name] for name in in_cpu_part}
+        dialled = ", ".join(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in shown.items())
         print(f"On a CPU {path} dials itself down to {dialled}")
     return options_class(**{**(base(values) if base else {}), **values})
 
 
 def field_comments(options_class):
-    """The comment behind each field of a dataclass, {name: text}. A field declared anew may keep its base's comment."""
+    """The comment after each field of a dataclass, {name: text}. A redeclared field may keep its base's comment."""
     found = {}
     for base in reversed(options_class.__mro__[:-1]):
         found |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), flags=re.MULTILINE))
@@ -90,7 +97,7 @@ def field_comments(options_class):
 
 
 def at_least(least, options, names):
-    """Check that these options, named in one text, are finite numbers not below `least`. Raises UserError."""
+    """Check that the options in `names`, a text, are finite numbers and not below `least`. Raises UserError."""
     for name in names.split():
         if not least <= getattr(options, name) < 2**63:
             raise UserError(f"{name} must be a finite number, at least {least}; got {getattr(options, name)}")
@@ -98,7 +105,7 @@ def at_least(least, options, names):
 
 def pick_device(name):
     """`name`, or for "auto" the best that this machine has: cuda, mps, cpu."""
-    import torch  # here: the processes that tokenize a large corpus import this file and do without
+    import torch  # not at the top: the processes that tokenize a large corpus import this file and do not need it
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -106,7 +113,7 @@ def pick_device(name):
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:100]
-        raise UserError(f"device {name!r} cannot be used here ({reason}); --device=auto takes what is there") from None
+        raise UserError(f"device {name!r} cannot be used here ({reason}); --device=auto picks one that can") from None
     return name
 
 
@@ -121,7 +128,7 @@ def pick_dtype(name, device):
 
 
 def _read_preset(path, fields):
-    """The assignments of a preset file, and those of its cpu part."""
+    """The options in a preset file, and those in its cpu part."""
     if not Path(path).is_file():
         known = [str(p) for p in sorted(Path(path).parent.glob("*.py"))]
         raise UserError(f"no preset file {path}{_nearest(path, known)}")
@@ -134,19 +141,18 @@ def _read_preset(path, fields):
     cpu = names.pop("cpu", {})
     if not isinstance(cpu, dict):
         raise UserError(f"{path}: cpu must be a dict of options, got {cpu!r}")
-
-    def checked(part):
-        for name in part:
-            if name not in fields:
-                raise UserError(f"{path}: unknown option {name!r}{_nearest(name, fields)}")
-        return {name: _convert(fields[name], value, f"{path}: {name}") for name, value in part.items()}
-
-    return checked(names), checked(cpu)
+    for name in (*names, *cpu):
+        if name not in fields:
+            raise UserError(f"{path}: unknown option {name!r}{_nearest(name, fields)}")
+    return tuple(
+        {name: _convert(fields[name], value, f"{path}: {name}") for name, value in part.items()}
+        for part in (names, cpu)
+    )
 
 
 def _convert(field, value, where):
     """`value`, a text from the command line or a value from a preset, as the field's type."""
-    if choices := _choices(field):
+    if choices := get_args(field.type):
         matches = [choice for choice in choices if choice.lower() == str(value).lower()]
         if not matches:
             hint = _nearest(value, choices)
@@ -157,32 +163,12 @@ def _convert(field, value, where):
         if field.type is bool:
             return {"true": True, "false": False}[str(value).lower()]
         if isinstance(value, str):
-            value.encode("utf-8")  # it goes into JSON files; the name of a folder may be bytes that are no text
-            return field.type(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if field.type is float else field.type):
+            value.encode("utf-8")  # it goes into JSON files, and a folder's name may be bytes that are no text
+        elif isinstance(value, bool) or not isinstance(value, (int, float) if field.type is float else field.type):
             raise ValueError
         return field.type(value)
     except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"{where} expects {expected[field.type]}, got {value!r}") from None
-
-
-def _choices(field):
-    """The values that a field of a Literal type may have; () for other types."""
-    return typing.get_args(field.type)
-
-
-def _short(value):
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _unknown_argument(argument, fields):
-    if not argument.startswith("--"):
-        return f"unexpected argument {argument!r}; options are written --name=value"
-    name = argument.split("=")[0]
-    return f"unknown option {name}{_nearest(name, [f'--{field}' for field in fields]) or '; --help lists them all'}"
-
-
-RENAMED = {"selection": "variant"}
 
 
 def _nearest(name, known):
@@ -197,6 +183,5 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-class _HelpFormatter(argparse.HelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=32, width=120)
+def _wide(prog):
+    return argparse.HelpFormatter(prog, max_help_position=32, width=120)
