@@ -1,20 +1,21 @@
 """
-Compare runs: validation loss over training FLOPs in one picture, and a table of the last and best losses.
+Compare runs: plot validation loss over training FLOPs, and print a table of the last and best losses.
 
     python plot.py out-shakespeare-mod out-shakespeare-dense out-shakespeare-shallow
     python plot.py out-* --x step --out losses.png
 
-Runs that differ in nothing but the seed share a colour, and the table gives their mean and standard deviation.
+Runs that differ only in the seed share a colour, and the table gives their mean and standard deviation.
 """
 
 import argparse
 import glob
 import json
 import statistics
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure  # not pyplot, which would need a screen or change a notebook's settings
+
+from support.options import UserError, errors_in_one_line
 
 AXES = {
     "flops": ("flops", "training FLOPs"),
@@ -22,6 +23,7 @@ AXES = {
     "tokens": ("tokens", "training tokens"),
     "time": ("train_seconds", "seconds of training"),
 }
+OF_ROUTING = {"capacity", "variant", "causal_method", "predictor_hidden", "aux_weight", "n_expert", "n_noop", "staged"}
 
 
 def main(argv=None):
@@ -30,17 +32,18 @@ def main(argv=None):
     parser.add_argument("--x", choices=AXES, default="flops", help="the horizontal axis (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("losses.png"), help="the picture (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.out.suffix not in (".png", ".pdf", ".svg"):
-        sys.exit(f"plot.py: --out is a .png, .pdf or .svg file, got {args.out}")
-    # Patterns are expanded here too: the shells of Windows leave that to the command.
-    paths = [path for pattern in args.runs for path in (sorted(glob.glob(pattern)) or [pattern])]
-    groups = group_by_setting([read_run(path) for path in paths])
-    print(table(groups))
-    try:
-        draw(groups, args.x, args.out)
-    except (OSError, ValueError) as error:
-        sys.exit(f"plot.py: cannot write the picture {args.out}: {error}")
-    print(f"\nPicture: {args.out}")
+    with errors_in_one_line("plot.py", "compare fewer runs"):
+        if args.out.suffix not in (".png", ".pdf", ".svg"):
+            raise UserError(f"--out is a .png, .pdf or .svg file, got {args.out}")
+        # Windows shells leave patterns to the command.
+        paths = [path for pattern in args.runs for path in (sorted(glob.glob(pattern)) or [pattern])]
+        groups = group_by_setting([read_run(path) for path in paths])
+        print(table(groups))
+        try:
+            draw(groups, args.x, args.out)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot write the picture {args.out}: {error}") from None
+        print(f"\nPicture: {args.out}")
 
 
 def read_run(name):
@@ -51,24 +54,27 @@ def read_run(name):
         facts["config"]["seed"], facts["parameters"], facts["data"]["text_sha256"]
         [(row["val_loss_causal"], row["val_loss_topk"], row["flops"]) for row in (rows[0], rows[-1])]
     except (OSError, ValueError, LookupError, TypeError):
-        sys.exit(f"plot.py: {path} is not the out_dir of a run: no config.json and metrics.jsonl of train.py there")
+        raise UserError(f"{path} is not the out_dir of a run: it needs config.json and metrics.jsonl") from None
     return {"name": str(name), "facts": facts, "config": facts["config"], "rows": rows}
 
 
 def group_by_setting(runs):
-    """Lists of runs that differ in nothing but seed and folders, each with a name: pairs (name, runs)."""
+    """Group the runs that differ only in seed and folders; returns pairs (name, runs)."""
     by_setting = {}
     for run in runs:
-        not_in_key = {"seed", "out_dir", "dataset"}
-        if not run["config"]["route_every"]:  # these do nothing in a dense model
-            not_in_key |= {"capacity", "variant", "causal_method", "predictor_hidden", "aux_weight"}
-            not_in_key |= {"n_expert", "n_noop", "staged"}
-        experts = run["config"]["route_every"] and run["config"].get("n_expert")
-        not_in_key |= {"expert_capacity"} if not experts else set() if run["config"]["staged"] else {"capacity"}
-        setting = {name: value for name, value in run["config"].items() if name not in not_in_key}
+        config = run["config"]
+        ignored = {"seed", "out_dir", "dataset"}
+        # Options without effect: in a dense model, without experts, and where experts replace the routing over depth.
+        if not config["route_every"]:
+            ignored |= OF_ROUTING
+        if not config["route_every"] or not config.get("n_expert"):
+            ignored |= {"expert_capacity"}
+        elif not config["staged"]:
+            ignored |= {"capacity"}
+        setting = {name: value for name, value in config.items() if name not in ignored}
         key = json.dumps([setting, run["facts"]["data"]["text_sha256"]], sort_keys=True)
-        while any(run["config"]["seed"] == other["config"]["seed"] for other in by_setting.get(key, [])):
-            key += " again"  # the same seed twice is no second measurement
+        while any(config["seed"] == other["config"]["seed"] for other in by_setting.get(key, [])):
+            key += " again"  # repeating a seed is not a second measurement
         by_setting.setdefault(key, []).append(run)
     return [(name_of(group), group) for group in by_setting.values()]
 
@@ -88,7 +94,6 @@ def table(groups):
     lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
     for name, group in groups:
         last = [run["rows"][-1] for run in group]
-        best = [min(row["val_loss_causal"] for row in run["rows"]) for run in group]
         cells = [
             name,
             f"{group[0]['facts']['parameters']:,}",
@@ -96,7 +101,7 @@ def table(groups):
             f"{last[0]['flops']:.4g}",
             spread([row["val_loss_causal"] for row in last]),
             spread([row["val_loss_topk"] for row in last]) if "taken" in last[0] else "same",
-            spread(best),
+            spread([min(row["val_loss_causal"] for row in run["rows"]) for run in group]),
             f"{statistics.median(row['train_seconds'] for row in last) / 60:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -113,17 +118,13 @@ def draw(groups, x, path):
     key, label = AXES[x]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    curves = []
     for i, (name, group) in enumerate(groups):
+        look = {"color": f"C{i}", "linestyle": ("-", "--", "-.", ":")[i % 4]}  # greyscale can tell them apart too
         for run in group:
-            axes.plot(
-                [row[key] for row in run["rows"]],
-                [row["val_loss_causal"] for row in run["rows"]],
-                color=f"C{i}",
-                linestyle=("-", "--", "-.", ":")[i % 4],  # so that the curves stay apart in greyscale too
-                label=name if run is group[0] else None,
-            )
-    curves = [[row["val_loss_causal"] for row in run["rows"]] for _, group in groups for run in group]
-    # From the second evaluation on: the loss before the first step would flatten all the rest.
+            curves.append([row["val_loss_causal"] for row in run["rows"]])
+            axes.plot([row[key] for row in run["rows"]], curves[-1], **look, label=name if run is group[0] else None)
+    # From the second evaluation on, because the loss before the first step would flatten the rest.
     axes.set_ylim(min(map(min, curves)) - 0.05, max(curve[:2][-1] for curve in curves) + 0.05)
     axes.set_xlabel(label)
     axes.set_ylabel("validation loss, causal (nats per token)")

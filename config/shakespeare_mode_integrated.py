@@ -1,27 +1,16 @@
 # Integrated Mixture-of-Depths-and-Experts (MoDE):  python train.py config/shakespeare_mode_integrated.py
 #
-# nanoGPT's baby GPT, but every other block has four experts and four no-op experts in place of its MLP (mode.py): a
-# token can learn to choose the residual stream. Same training FLOPs as shakespeare_dense.py.
+# nanoGPT's baby GPT with four experts and four no-op experts in place of every other block's MLP (mode.py). A token can
+# choose the no-ops, which is to skip the MLP. Same training FLOPs as shakespeare_dense.py.
 out_dir = "out-shakespeare-mode-integrated"
 n_expert = 4
 n_noop = 4
-expert_capacity = 0.125  # of the tokens for each: half of the computation of the one MLP in their place
-n_layer = 6
-n_head = 6
-n_embd = 384
+expert_capacity = 0.125  # each expert's share of the tokens; the four do half the work of the MLP
+n_layer, n_head, n_embd = 6, 6, 384
 block_size = 256
 dropout = 0.2
 batch_size = 64
 flop_budget = 5_810_474_188_800_000  # 5,000 steps of shakespeare_dense.py
 
-cpu = dict(
-    n_layer=4,
-    n_head=4,
-    n_embd=128,
-    block_size=128,
-    dropout=0.0,
-    batch_size=16,
-    flop_budget=1.5e13,
-    learning_rate=5e-3,
-    min_lr=5e-4,
-)
+cpu = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, batch_size=16)
+cpu |= dict(flop_budget=1.5e13, learning_rate=5e-3, min_lr=5e-4)

@@ -1,26 +1,15 @@
 # A mixture of experts (MoE):  python train.py config/shakespeare_moe.py
 #
-# nanoGPT's baby GPT, but every other block has four experts in place of its MLP (mode.py); no routing over depth. The
+# nanoGPT's baby GPT with four experts in place of every other block's MLP (mode.py) and no routing over depth: the
 # baseline of the two MoDE presets. Same training FLOPs as shakespeare_dense.py.
 out_dir = "out-shakespeare-moe"
 n_expert = 4
-expert_capacity = 0.25  # of the tokens for each: as much computation as the one MLP in their place
-n_layer = 6
-n_head = 6
-n_embd = 384
+expert_capacity = 0.25  # each expert's share of the tokens; the four do as much work as the MLP
+n_layer, n_head, n_embd = 6, 6, 384
 block_size = 256
 dropout = 0.2
 batch_size = 64
 flop_budget = 5_810_474_188_800_000  # 5,000 steps of shakespeare_dense.py
 
-cpu = dict(
-    n_layer=4,
-    n_head=4,
-    n_embd=128,
-    block_size=128,
-    dropout=0.0,
-    batch_size=16,
-    flop_budget=1.5e13,
-    learning_rate=5e-3,
-    min_lr=5e-4,
-)
+cpu = dict(n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, batch_size=16)
+cpu |= dict(flop_budget=1.5e13, learning_rate=5e-3, min_lr=5e-4)

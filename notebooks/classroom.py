@@ -1,7 +1,8 @@
 """
-What the notebooks share: one look for all pictures, and the pictures they draw often.
+Shared by the notebooks: one style for all pictures, and functions for the pictures that they draw often.
 
-For the projector: colours that stay apart in greyscale and for colour-blind eyes, and nothing told by colour alone.
+On a projector, in greyscale and for colour-blind viewers the colours stay distinguishable, and a line style, marker or
+hatch always repeats what a colour says.
 """
 
 import matplotlib.pyplot as plt
@@ -36,11 +37,8 @@ plt.rcParams.update(
 )
 
 
-# Pictures
-
-
 def columns(axes, x, words, title, marked=(), limit=2.5, numbers=False):
-    """x (T, C) as T columns of C cells, from -limit (dark blue) to limit (yellow); the marked ones framed."""
+    """Draw x (T, C) as T columns of C cells, from -limit (dark blue) to limit (yellow), and frame the marked ones."""
     x = np.asarray(x.detach())
     image = axes.pcolormesh(x.T, edgecolors="w", linewidth=1, vmin=-limit, vmax=limit)
     plt.colorbar(image, ax=axes, pad=0.01)
@@ -56,7 +54,7 @@ def columns(axes, x, words, title, marked=(), limit=2.5, numbers=False):
 
 
 def bars(axes, values, words, title, marked=()):
-    """A bar for each word; the marked ones dark red and hatched."""
+    """Draw a bar for each word, the marked ones dark red and hatched."""
     for i, value in enumerate(np.asarray(torch.as_tensor(values).detach())):
         axes.bar(i, value, color=RED if i in marked else GREY, hatch="//" if i in marked else None, edgecolor="w")
     axes.set_xticks(range(len(words)), words)
@@ -65,7 +63,7 @@ def bars(axes, values, words, title, marked=()):
 
 
 def lengths(axes, values, title):
-    """A horizontal bar for each name of {name: value}."""
+    """Draw a horizontal bar for each name of {name: value}."""
     for (name, value), look in zip(values.items(), HATCHED):
         axes.barh(name, value, **look)
     axes.invert_yaxis()
@@ -73,7 +71,7 @@ def lengths(axes, values, title):
 
 
 def parts(axes, values, title, stacked=False):
-    """Horizontal bars for {part: {name: value}}: the parts of a name one above the other, or one after the other."""
+    """Draw horizontal bars for {part: {name: value}}, the parts of a name side by side or, stacked, end to end."""
     names = list(next(iter(values.values())))
     height, left = 0.7 if stacked else 0.7 / len(values), np.zeros(len(names))
     for i, (part, of_part) in enumerate(values.items()):
@@ -88,7 +86,7 @@ def parts(axes, values, title, stacked=False):
 
 
 def routing_map(axes, taken, pieces, title, rows):
-    """Which tokens each of the rows took (blocks, experts, steps, texts), the first on top; taken (rows, T)."""
+    """Draw which tokens each row (a block, expert, step or text) took, the first row on top; taken (rows, T)."""
     taken = np.asarray(taken)
     axes.pcolormesh(taken, cmap=ListedColormap(["#ececec", RED]), vmin=0, vmax=1, edgecolors="w", linewidth=1)
     axes.set_xticks([i + 0.5 for i in range(len(pieces))], [visible(p).replace(" ", "␣") for p in pieces])
@@ -100,12 +98,12 @@ def routing_map(axes, taken, pieces, title, rows):
 
 
 class Live:
-    """A picture that is drawn again while a cell runs: draw(axes) each time that `update` is called."""
+    """A picture that changes while a cell runs: each `update` calls draw(axes)."""
 
     def __init__(self, draw):
         self.figure, self.axes = plt.subplots()
         self.draw, self.handle = draw, display(display_id=True)
-        plt.close(self.figure)  # or the notebook would show it a second time at the end of the cell
+        plt.close(self.figure)  # otherwise the notebook shows it again at the end of the cell
 
     def update(self):
         self.axes.clear()

@@ -1,11 +1,11 @@
 """
-Runs notebooks from top to bottom and stores what they print and draw:
+Run notebooks from top to bottom and store their outputs:
 
     python notebooks/run.py                                   # all of them, some minutes
     python notebooks/run.py notebooks/03_sampling_without_the_future.ipynb
 
-With the outputs goes a hash of the code that made them: tests/test_notebooks.py sees code that was changed and not run
-again.
+A hash of the code is stored beside the outputs, so that tests/test_notebooks.py notices code that changed and was not
+run again.
 """
 
 import hashlib
@@ -26,17 +26,17 @@ def notebooks():
 
 
 def code_sha256(notebook):
-    """Of the sources of the code cells, in order."""
+    """The SHA-256 of the code cells' sources, in order."""
     sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
 def execute(path):
-    """The notebook with its outputs made anew, by a kernel of its own. An error in a cell is raised."""
+    """Run the notebook in a new kernel and return it with the new outputs. Raises the error of a cell."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": HERE}})
     client.execute()
-    # Nothing of this machine and this moment, or each run would change the file.
+    # Drop what depends on the machine or the time, or each run would change the file.
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     notebook.metadata = {
@@ -51,7 +51,7 @@ def main():
     for path in [Path(name) for name in sys.argv[1:]] or notebooks():
         begun = time.perf_counter()
         notebook = execute(path)
-        text = nbformat.writes(notebook)  # before the file is touched
+        text = nbformat.writes(notebook)  # may fail, so before the file is touched
         path.write_text(text + "\n", encoding="utf-8", newline="\n")
         print(f"{path.name}: {time.perf_counter() - begun:.0f} s", flush=True)
 

@@ -1,1 +1,1 @@
-"""What the commands share: options, data, checkpoints, ranks. It takes values, and never imports train."""
+"""The code behind the commands: options, data, checkpoints, ranks. It takes values and never imports train."""

@@ -1,15 +1,14 @@
 """
 Checkpoints: JSON files that name the files of their tensors.
 
-    last.json        model-500.pt, optimizer-500.pt    what a run goes on from
-    previous.json    model-250.pt, optimizer-250.pt    the same one save earlier, should the last one be damaged
-    best.json        model-500.pt                      the lowest causal loss so far: what sample.py uses
+    last.json        model-500.pt, optimizer-500.pt    the run resumes from this one
+    previous.json    model-250.pt, optimizer-250.pt    one save earlier, in case the last one is damaged
+    best.json        model-500.pt                      the lowest causal loss so far, for sample.py
 
 (model-500-2.pt: step 500 was saved twice, before and after a stop.)
-A JSON holds all it takes to use them (the model's config, the tokenizer, the step) and the SHA-256 of each file and of
-itself; they are checked before anything is loaded. (PyTorch itself would load a file with flipped bits without a word.)
-A save writes its .pt files first, under names that no JSON has, and last.json at the end: killed at any moment, it
-leaves every JSON with the files that belong to it.
+Each JSON holds the model's config, the tokenizer, the step, and the SHA-256 of each file and of itself. They are
+checked before anything is loaded, because PyTorch does not notice flipped bits. A save writes its .pt files first,
+under names that no JSON uses yet, and last.json at the end. So a kill at any moment leaves whole checkpoints.
 """
 
 import contextlib
@@ -27,16 +26,16 @@ from support.data import sha256_of
 from support.options import UserError
 
 FORMAT = 3
-READABLE = (2, 3)  # what `read` understands
+READABLE = (2, 3)  # the formats that `read` understands
 NAMES = ("last", "previous", "best")
 
 
 def save(out_dir, step, model, training_state, is_best, info):
     """
-    Make step `step` the last checkpoint in `out_dir`, and the best one too if it is.
+    Save a model as the last checkpoint in `out_dir`, and if is_best also as the best one.
 
-    training_state: a dict of what else a run needs to go on (tensors, numbers, and containers of them). Raises OSError
-    or RuntimeError where the disk does not do it: every checkpoint is whole then, the old one or already the new one.
+    training_state: a dict of what else resuming needs (tensors, numbers, containers of them). Raises OSError or
+    RuntimeError if the disk fails. Every checkpoint is then whole, old or new.
     """
     info = {"format": FORMAT, "step": step, "model": asdict(model.config), **info}
     files = {"model": _save_tensors(out_dir, f"model-{step}", model.state_dict())}
@@ -50,23 +49,23 @@ def save(out_dir, step, model, training_state, is_best, info):
 
 
 def save_best(out_dir, model, info):
-    """A checkpoint of a model alone, to sample from or to start from."""
+    """Save only a model, to sample from or to start from."""
     info = {"format": FORMAT, "step": 0, "model": asdict(model.config), **info}
     commit(out_dir, "best", {**info, "files": {"model": _save_tensors(out_dir, "model-0", model.state_dict())}})
 
 
 def commit(out_dir, name, info):
-    """Write NAME.json: from here on this is what the checkpoint NAME is."""
+    """Write NAME.json; from here on it is the checkpoint NAME."""
     write_json(out_dir / f"{name}.json", {**info, "sha256": _checksum(info)})
 
 
 def read(out_dir, name):
-    """The contents of NAME.json; it and its files are whole. Raises UserError if they are not."""
+    """The contents of NAME.json. Raises UserError if it or one of its files is missing or damaged."""
     path = out_dir / f"{name}.json"
     if not path.is_file():
         raise UserError(
-            f"no checkpoint {path}; train one, as by python train.py config/shakespeare_mod.py --out_dir={out_dir}, "
-            "or name another folder by --out_dir"
+            f"no checkpoint {path}; name another folder with --out_dir, "
+            f"or train one: python train.py config/shakespeare_mod.py --out_dir={out_dir}"
         )
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
@@ -77,7 +76,7 @@ def read(out_dir, name):
     if found not in READABLE:
         raise UserError(f"{path} has format {found!r}, this version of the code reads 2 and 3; train again")
     if checksum != _checksum(info):
-        raise UserError(f"{path} is damaged: its SHA-256 is not the one that it gives; train again or use another")
+        raise UserError(f"{path} is damaged: its SHA-256 differs from the one it states; train again or use another")
     for file in info["files"].values():
         weights = out_dir / file["name"]
         if not weights.is_file():
@@ -89,7 +88,7 @@ def read(out_dir, name):
 
 
 def with_variant(options):
-    """Options as they are named now. Format 2 had selection="stochastic" for what is variant="stochastic"."""
+    """Options under their current names. Format 2 wrote selection="stochastic" for variant="stochastic"."""
     if "selection" not in options:
         return options
     variant = options["selection"].replace("learned", "")
@@ -97,7 +96,7 @@ def with_variant(options):
 
 
 def load(out_dir, name, device):
-    """The model on `device` in evaluation mode, and its JSON's contents. Raises UserError if either is damaged."""
+    """The model on `device` in evaluation mode, and the contents of its JSON. Raises UserError if one is damaged."""
     info = read(out_dir, name)
     try:
         model = build(config_class(info["model"])(**info["model"]))
@@ -110,10 +109,10 @@ def load(out_dir, name, device):
 
 def start_from(folder, model, meta):
     """
-    Give the model the weights of the best checkpoint in `folder`.
+    Copy the weights of the best checkpoint in `folder` into the model.
 
-    It may have fewer tokens (a vocabulary that is padded now) and a longer context, and need not have routed blocks:
-    the weights that it lacks stay random.
+    That checkpoint may have fewer tokens (a vocabulary that is padded now), a longer context, and no routed blocks.
+    Weights that it lacks stay random.
     """
     theirs, info = load(folder, "best", "cpu")
     if any(info["data"].get(name) != meta.get(name) for name in ("tokenizer", "vocab")):
@@ -124,15 +123,15 @@ def start_from(folder, model, meta):
         must_fit.append("vocab_size")
     if before["block_size"] < ours["block_size"]:
         must_fit.append("block_size")
-    if "n_expert" in before and "n_expert" in ours:  # a mixture cannot be taken over in part
+    if "n_expert" in before and "n_expert" in ours:  # a mixture cannot be copied in part
         must_fit += ["n_expert", "n_noop"]
-    shape = differences({name: before[name] for name in must_fit}, ours)
+    shape = differences(before, ours, must_fit)
     if shape:
         raise UserError(f"the model in {folder} does not fit: {shape}")
     weights = theirs.state_dict()
     with torch.no_grad():
         for name, w in model.state_dict().items():
-            if name in ("transformer.wte.weight", "transformer.wpe.weight"):  # the head is wte
+            if name in ("transformer.wte.weight", "transformer.wpe.weight"):  # the head shares wte
                 n = min(len(w), len(weights[name]))
                 w[:n] = weights[name][:n]
             elif name in weights and w.shape == weights[name].shape:  # a predictor may have another size
@@ -140,13 +139,14 @@ def start_from(folder, model, meta):
     print(f"Starting from {folder}: step {info['step']:,} of a run on {info['data']['source']}")
 
 
-def differences(before, now):
-    changed = [name for name in now if name in before and before[name] != now[name]]
+def differences(before, now, names=None):
+    """Which of these options changed, as text. names: default those in both."""
+    changed = [name for name in now if name in (names or before) and before.get(name) != now[name]]
     return ", ".join(f"{name} was {before[name]}, now {now[name]}" for name in changed)
 
 
 def tensors(out_dir, info, kind):
-    """The contents of a checkpoint's file, "model" or "optimizer"; nothing in it can run code."""
+    """The contents of a checkpoint's file, "model" or "optimizer". Loading it cannot run code."""
     path = out_dir / info["files"][kind]["name"]
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -156,18 +156,17 @@ def tensors(out_dir, info, kind):
 
 
 def remove_unused(out_dir):
-    """Delete the .pt files that no checkpoint names, and what a save that was killed left half written."""
+    """Delete the .pt files that no checkpoint names and the half-written files of a killed save."""
     used = set()
-    for name in NAMES:
+    for path in (out_dir / f"{name}.json" for name in NAMES):
         try:
-            used |= {file["name"] for file in json.loads((out_dir / f"{name}.json").read_bytes())["files"].values()}
-        except FileNotFoundError:
-            pass
+            if path.exists():
+                used |= {file["name"] for file in json.loads(path.read_bytes())["files"].values()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return  # it cannot be told what a damaged one names
+            return  # a damaged JSON may name any file
     for path in out_dir.glob("*.pt*"):
         if re.fullmatch(r"(model|optimizer)-\d+(-\d+)?\.pt(\.tmp)?", path.name) and path.name not in used:
-            with contextlib.suppress(OSError):  # Windows deletes no file that another program has open; the next time
+            with contextlib.suppress(OSError):  # on Windows, while another program has it open; deleted next time
                 path.unlink()
 
 
@@ -178,7 +177,7 @@ def write_json(path, content):
 
 def write_whole(path, write):
     """
-    Write a file through a temporary name beside it, so that `path` is at any time the old file or the new one, whole.
+    Write a file under a temporary name, then rename it: at any time `path` is the whole old file or the whole new one.
 
     Returns its SHA-256.
     """
@@ -196,12 +195,12 @@ def write_whole(path, write):
 
 
 def _save_tensors(out_dir, name, content):
-    # Where a run was stopped and went on, the same step may be saved twice: never over a file that a JSON names.
+    # A stopped and resumed run may save the same step twice. Never overwrite a file that a JSON names.
     names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
     path = next(path for path in (out_dir / f"{name}.pt" for name in names) if not path.exists())
     return {"name": path.name, "sha256": write_whole(path, lambda file: torch.save(content, file))}
 
 
 def _checksum(content):
-    """Of a JSON's contents, in whatever order and with whatever spaces they are written."""
+    """The SHA-256 of a JSON's contents, whatever their order and spacing in the file."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()

@@ -2,9 +2,9 @@
 Data sets and tokenizers. A data set is a folder that a prepare.py wrote:
 
     train.bin, val.bin   token ids as little-endian uint16, nothing else
-    meta.json            tokenizer, counts, hashes, source; written last: where it stands, the data set is whole
+    meta.json            tokenizer, counts, hashes, source; written last
 
-This file does without PyTorch: the processes that tokenize a large corpus import it.
+This file does not import PyTorch at the top, because the processes that tokenize a large corpus do not need it.
 """
 
 import codecs
@@ -27,15 +27,15 @@ GPT2_FILE = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tikt
 
 def commit(out, parts, meta):
     """
-    Make the files parts["train"] and parts["val"], on the same disk, the data set in the folder `out`.
+    Move the files parts["train"] and parts["val"], on the same disk, into the folder `out` and write its meta.json.
 
-    Returns the contents of its meta.json. meta says what they cannot: tokenizer, vocab_size, source, text_sha256.
+    meta: tokenizer, vocab_size, source and text_sha256. Returns the contents of meta.json: these, counts and hashes.
     """
     sizes = {split: parts[split].stat().st_size // 2 for split in SPLITS}
     meta = {**meta, "tokens": sizes, "dtype": DTYPE, "sha256": {split: sha256_of(parts[split]) for split in SPLITS}}
     temporary = parts["train"].with_name("meta.json.part")
     temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    # A half-replaced data set does not have the hashes of its meta.json, and train.py does not take it.
+    # After a kill in between, the hashes in meta.json do not match, and train.py refuses the data set.
     for split in SPLITS:
         parts[split].replace(out / f"{split}.bin")
     temporary.replace(out / "meta.json")
@@ -46,8 +46,8 @@ def load(folder, check=True):
     """
     The contents of meta.json, and the splits as arrays of token ids, mapped from the disk.
 
-    check=False trusts the files' contents: their hashes take a second for each gigabyte. Raises UserError for files
-    that are damaged or do not belong together.
+    Raises UserError for files that are damaged or do not belong together. check=False skips the hashes, which take a
+    second for each gigabyte.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -56,7 +56,7 @@ def load(folder, check=True):
         data = {split: np.memmap(folder / f"{split}.bin", dtype=DTYPE, mode="r") for split in SPLITS}
         lengths = {split: len(tokens) for split, tokens in data.items()}
         if lengths != meta["tokens"]:
-            raise ValueError(f"meta.json speaks of {meta['tokens']} tokens, the files hold {lengths}")
+            raise ValueError(f"meta.json promises {meta['tokens']} tokens, the files hold {lengths}")
         for split, tokens in data.items():
             if check and hashlib.sha256(tokens).hexdigest() != meta["sha256"][split]:
                 raise ValueError(f"the SHA-256 of {split}.bin is not the one in meta.json")
@@ -71,7 +71,7 @@ def load(folder, check=True):
 def write(out, splits, meta):
     """Write a data set that fits into memory: splits["train"] and splits["val"] are arrays of token ids."""
     out.mkdir(parents=True, exist_ok=True)
-    # A folder of its own, so that two at once do not write the same files, and on the same disk.
+    # Each call has its own temporary folder, so two at once do not write the same files.
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out) as folder:
         parts = {split: Path(folder) / split for split in SPLITS}
         for split, part in parts.items():
@@ -80,7 +80,7 @@ def write(out, splits, meta):
 
 
 def sha256_of(path):
-    digest = hashlib.sha256()
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
@@ -92,31 +92,31 @@ def sha256_of(path):
 
 def load_dataset(dataset, block_size, vocab_size=0, check=True):
     """
-    The data set's meta.json and its splits as arrays of token ids, prepared first where they are missing.
+    The data set's meta.json and its splits as arrays of token ids. Runs the data set's prepare.py if they are missing.
 
-    dataset: a folder below data/, or the path of any folder that prepare.py wrote. vocab_size: the model's; 0: that of
-    the data set. check=False as in `load`.
+    dataset: a folder below data/, or the path of any folder that a prepare.py wrote. vocab_size: the model's; 0: the
+    data set's. check=False as in `load`.
     """
     folder = DATA / dataset  # an absolute path stays as it is
     if not folder.is_dir() and Path(dataset).is_dir():
         folder = Path(dataset)
     if not (folder / "meta.json").is_file():
-        # No other folder's: with --resume its name comes from a checkpoint, which may be a stranger's.
+        # Run only the scripts in our data/. With --resume the name comes from a checkpoint, which may be a stranger's.
         if not (folder / "prepare.py").is_file() or folder.resolve().parent != DATA.resolve():
             known = ", ".join(sorted(path.name for path in DATA.iterdir() if path.is_dir()))
             raise UserError(
-                f"no data set {dataset!r}; there is {known}. For a text of your own: "
+                f"no data set {dataset!r}; data/ has {known}. For a text of your own: "
                 "python -m data.shakespeare_char.prepare --input FILE --out data/NAME"
             )
         if folder.name == "openwebtext":
             raise UserError(
-                f"{folder} is not prepared; that takes hours and a large disk: python -m data.openwebtext.prepare"
+                f"{folder} is not prepared; this takes hours and a large disk: python -m data.openwebtext.prepare"
             )
-        print(f"Data set {dataset} is missing here: running {folder / 'prepare.py'}")
+        print(f"Data set {dataset} is missing; running {folder / 'prepare.py'}")
         try:
             runpy.run_path(str(folder / "prepare.py"))["main"]([])
         except SystemExit as error:
-            raise UserError(str(error)) from None
+            raise (UserError(error.code) if isinstance(error.code, str) else KeyboardInterrupt) from None
     meta, data = load(folder, check)
     vocab_size = vocab_size or meta["vocab_size"]
     if vocab_size < meta["vocab_size"]:
@@ -136,7 +136,7 @@ def training_batch(
     tokens, step, batch_size, block_size, seed, device="cpu", micro_step=0, gradient_accumulation_steps=1
 ):
     """A micro-step's inputs and targets (x, y), each (batch_size, block_size); y is x one token later."""
-    # Drawn for the whole step at once: it sees the same sequences, whoever computes which of its micro-steps.
+    # Drawn for the whole step at once, so a step has the same sequences on any number of ranks.
     rng = np.random.default_rng([seed, step])
     starts = rng.integers(len(tokens) - block_size, size=gradient_accumulation_steps * batch_size)
     first = micro_step * batch_size
@@ -145,11 +145,11 @@ def training_batch(
 
 def windows(tokens, starts, T, device):
     """Inputs and targets (len(starts), T) cut from `tokens` at `starts`."""
-    import torch  # here: the processes that tokenize do without
+    import torch  # not at the top, see there
 
     both = torch.from_numpy(np.stack([tokens[start : start + T + 1] for start in starts]).astype(np.int64))
     if torch.device(device).type == "cuda":
-        both = both.pin_memory().to(device, non_blocking=True)  # on MPS a copy that does not wait reads freed memory
+        both = both.pin_memory().to(device, non_blocking=True)  # not on MPS: there such a copy reads freed memory
     else:
         both = both.to(device)
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
@@ -172,7 +172,7 @@ class Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-    """A character is a token, its id the place in the list of all characters."""
+    """Each character is a token. Its id is its index in the list of all characters."""
 
     def __init__(self, vocab):
         self.vocab = vocab
@@ -186,7 +186,7 @@ class CharTokenizer(Tokenizer):
         return [self.ids[character] for character in text]
 
     def decoder(self):
-        """A function that turns a text's tokens, one after the other, into the pieces of the text."""
+        """A function that turns a text's tokens, one at a time and in order, into pieces of text."""
         return lambda token: self.vocab[token] if token < len(self.vocab) else "\N{REPLACEMENT CHARACTER}"
 
 
@@ -201,11 +201,11 @@ class GPT2Tokenizer(Tokenizer):
         return self.encoding.encode(text, allowed_special="all")
 
     def decoder(self):
-        """A character may be spread over several tokens; it then comes with the last of them."""
+        """As above. A character that is spread over several tokens comes with the last of them."""
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
         def piece(token):
-            # Beyond the vocabulary: an embedding that only pads the matrix to a round size.
+            # A token beyond the vocabulary only pads the embedding matrix to a round size.
             return decode(self.encoding.decode_single_token_bytes(token) if token < self.encoding.n_vocab else b"\xff")
 
         return piece
@@ -216,13 +216,13 @@ def tokenizer_of(meta):
 
 
 def gpt2_encoding():
-    """tiktoken's GPT-2 encoding. Raises UserError where it cannot be downloaded."""
+    """tiktoken's GPT-2 encoding. Raises UserError if it cannot be downloaded."""
     try:
         return tiktoken.get_encoding("r50k_base")  # its "gpt2" is the same encoding from two files instead of one
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: a file of another hash
         name = hashlib.sha1(GPT2_FILE.encode()).hexdigest()
         reason = str(error).split("\n")[0][:100]
         raise UserError(
-            f"GPT-2's tokenizer cannot be downloaded ({reason}); fetch {GPT2_FILE} elsewhere, put it into a folder "
-            f"under the name {name}, and set TIKTOKEN_CACHE_DIR to that folder"
+            f"GPT-2's tokenizer cannot be downloaded ({reason}); fetch {GPT2_FILE} elsewhere, save it in a folder "
+            f"under the name {name}, and set TIKTOKEN_CACHE_DIR to this folder"
         ) from None

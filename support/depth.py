@@ -1,7 +1,7 @@
 """
-Where the depth went: a text coloured by how many routed blocks processed each token, and the map of which ones did.
+Show routing: a text coloured by how many routed blocks processed each token, and a map of which blocks did.
 
-A token's depth is that number, 0 to the number of routed blocks; None where it is not known.
+A token's depth is the number of routed blocks that processed it, or None if it is not known.
 """
 
 import io
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from support.checkpoint import write_whole
 
-MARKS = ".123456789abcdefghijklmnopqrstuvwxyz"  # a sign for each depth, for where there is no colour
+MARKS = ".123456789abcdefghijklmnopqrstuvwxyz"  # a sign for each depth, if there is no colour
 END_OF_LINE = "\N{PILCROW SIGN}"
 
 
@@ -28,7 +28,7 @@ class PlainPrinter:
             self.add(piece, depth)
 
     def add(self, piece, depth):
-        """The next token's text, and its depth."""
+        """Print the next token's text. `depth` is its depth."""
         print(piece, end="", flush=True)
 
     def close(self):
@@ -37,8 +37,8 @@ class PlainPrinter:
 
 class DepthPrinter(PlainPrinter):
     """
-    Prints a text token by token, with the depth of each: by colour, or, where there is none or too little (a file, a
-    pipe, NO_COLOR, a terminal of 16 colours), by a line of marks under each line of text.
+    Prints a text token by token and shows each depth as a colour. With fewer than 256 colours (a file, a pipe,
+    NO_COLOR, some terminals) it prints a line of marks under each line of text instead.
     """
 
     def __init__(self, routed, console=None):
@@ -47,7 +47,7 @@ class DepthPrinter(PlainPrinter):
         # With 16 colours several depths would look the same.
         self.colour = self.console.color_system in ("256", "truecolor") and not self.console.no_color
         self.column = 0
-        self.line = self.marks = ""  # what waits for the end of the line, where there is no colour
+        self.line = self.marks = ""  # without colour, the line so far
 
     def legend(self):
         self.print(f"How many of the {self.routed} routed blocks processed a token: ")
@@ -67,8 +67,9 @@ class DepthPrinter(PlainPrinter):
         if self.colour:
             self.print(piece, depth)
         else:
+            mark = " " if depth is None else MARKS[min(depth, len(MARKS) - 1)]
             self.line += piece
-            self.marks += mark(depth).ljust(width)[:width]
+            self.marks += mark.ljust(width)[:width]
         if piece.endswith(END_OF_LINE):
             self.new_line()
 
@@ -86,18 +87,14 @@ class DepthPrinter(PlainPrinter):
 
 
 def visible(piece):
-    """A token's text with the ends of lines as signs, so that they too can bear a colour or a mark."""
+    """A token's text with signs for line ends, so that they can be coloured or marked too."""
     return "".join(END_OF_LINE if c == "\n" else c if c.isprintable() else " " for c in piece)
-
-
-def mark(depth):
-    return " " if depth is None else MARKS[min(depth, len(MARKS) - 1)]
 
 
 def style(depth, routed):
     """
-    Colours that read alike on dark and light terminals: nothing at depth 0, else a background from pale yellow to dark
-    red with its own text colour. It darkens steadily, so it also reads in greyscale.
+    No colour for depth 0, else a background from pale yellow to dark red and a text colour that is readable on it. It
+    looks the same on dark and light terminals and darkens steadily, so it also works in greyscale.
     """
     if not depth:
         return ""
@@ -108,7 +105,7 @@ def style(depth, routed):
 
 
 def save_svg(pieces, depths, routed, path):
-    """The coloured text as a picture."""
+    """Write the coloured text as a picture."""
     console = Console(
         file=io.StringIO(), record=True, width=88, force_terminal=True, color_system="truecolor", no_color=False
     )
@@ -117,30 +114,25 @@ def save_svg(pieces, depths, routed, path):
     printer.add_all(pieces, depths)
     printer.close()
     svg = console.export_svg(title="where the depth went")
-    svg = re.sub(r"@font-face {.*?}", "", svg, flags=re.DOTALL)  # fonts from the web; any monospace does
+    svg = re.sub(r"@font-face {.*?}", "", svg, flags=re.DOTALL)  # no fonts from the web; any monospace font will do
     write_whole(path, lambda file: file.write(svg.encode("utf-8")))
 
 
 def routing_map(taken, pieces, layers, path):
     """
-    The paper's picture: tokens along one axis, routed blocks along the other, dark where the block processed the token.
+    Draw the paper's picture: tokens on one axis, routed blocks on the other, dark where the block processed the token.
 
-    taken (L, T) bool; pieces: the T tokens' texts; layers: the L routed blocks' numbers. Long texts take several rows.
+    taken: (L, T) bool; pieces: the T tokens' texts; layers: the L routed blocks' numbers. Long texts take several rows.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws to a file, needs no screen
-    import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure  # not pyplot, which would need a screen
 
     longest = max(len(piece) for piece in pieces)
     per_row = 100 if longest == 1 else 50
     starts = range(0, len(pieces), per_row)
     height = 0.16 * len(layers) + 0.35 + 0.07 * longest
-    figure, rows = plt.subplots(
-        len(starts), 1, figsize=(14, 0.6 + height * len(starts)), layout="constrained", squeeze=False
-    )
-    for axes, start in zip(rows[:, 0], starts):
+    figure = Figure(figsize=(14, 0.6 + height * len(starts)), layout="constrained")
+    for axes, start in zip(figure.subplots(len(starts), squeeze=False)[:, 0], starts):
         part = taken[:, start : start + per_row]
         axes.pcolormesh(part, cmap=ListedColormap(["#e8e8e8", "#8c1d40"]), vmin=0, vmax=1, edgecolors="w", linewidth=1)
         axes.set_xlim(0, per_row)
@@ -149,9 +141,6 @@ def routing_map(taken, pieces, layers, path):
         axes.set_yticks([i + 0.5 for i in range(len(layers))], [f"block {layer}" for layer in layers])
         axes.tick_params(length=0, labelsize=8)
         axes.tick_params(axis="x", labelfontfamily="monospace", pad=1)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-    share = taken.mean()
-    figure.suptitle(f"Dark: the block processed the token ({share:.0%} of all). Light: the token went around it.")
+        axes.spines[:].set_visible(False)
+    figure.suptitle(f"Dark: the block processed the token ({taken.mean():.0%} of all). Light: the token skipped it.")
     write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower(), dpi=110))
-    plt.close(figure)

@@ -15,11 +15,11 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
     Losses in nats per token over fixed windows of `tokens`, evenly spaced and without overlap: at most eval_iters
     batches of batch_size windows, on the model's device.
 
-    val_loss_causal belongs to the model that can be sampled from, so compare this one with a dense model's.
-    val_loss_topk lets the routed blocks look ahead. taken: the share of tokens that each routed block processed in the
+    Compare val_loss_causal with a dense model's loss, because the causal model is the one that samples. In
+    val_loss_topk the routed blocks look ahead. taken: the share of tokens that each routed block processed in the
     causal pass. The predictor (with causal_method "router" the router; some variants have neither) is scored in the
-    top-k pass: how often it agrees with top-k, next to the accuracy of the better constant guess (base rate), and its
-    recall. Returns None if `stop` is requested meanwhile, on any rank.
+    top-k pass: its accuracy, the accuracy of the better constant answer (base rate), and its recall. Returns None if
+    `stop` is requested meanwhile on any rank.
     """
     T, device = model.config.block_size, model.lm_head.weight.device
     training = model.training
@@ -45,8 +45,8 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
         counts = [agree, hit, member, total, *(block.taken.sum() for block in routed)]
         counts = torch.stack([torch.as_tensor(count, device=device) for count in counts])
         measured[i] = torch.stack([causal_loss, topk_loss]) * len(x), counts
-    # One row per batch, filled in by the rank that has it, then summed over the ranks. So the sum of the rows is the
-    # same to the last bit on any number of ranks. Only here do the figures leave the device.
+    # One row per batch, filled by the rank that has it, then summed over the ranks. So the result is the same to the
+    # last bit on any number of ranks. The figures leave the device only here.
     table = torch.zeros(len(starts), 6 + len(routed), dtype=torch.float64)
     for i, figures in measured.items():
         table[i] = torch.cat([part.cpu().double() for part in figures])
@@ -89,7 +89,7 @@ def evaluate_checkpoint(out_dir, dataset, device, dtype):
 
 
 def autocast(device, dtype):
-    """A context in which matrix products are computed in `dtype`, the name of a PyTorch type."""
+    """A context that computes matrix products in `dtype`, the name of a PyTorch type."""
     if dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))

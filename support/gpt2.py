@@ -1,16 +1,16 @@
 """
-GPT-2's weights, as Hugging Face keeps them, as a checkpoint of ours:
+Convert GPT-2's weights from Hugging Face to a checkpoint of ours:
 
     python -m support.gpt2 --model=gpt2 --out_dir=out-gpt2
     python sample.py --out_dir=out-gpt2 --start="The depth of a thought"
     python train.py config/shakespeare_finetune.py
 
-Needs transformers: pip install transformers. --model is gpt2 (124M, downloads 0.5 GB), gpt2-medium, gpt2-large or
-gpt2-xl, or the folder of a model that was saved by transformers.
+Needs transformers: pip install transformers. --model is gpt2 (124M, downloads 0.5 GB), gpt2-medium, gpt2-large,
+gpt2-xl, or the folder of a model that transformers saved.
 """
 
 if __name__ == "__main__" and not __package__:
-    raise SystemExit("gpt2.py runs as a module, from the top of the repository: python -m support.gpt2")
+    raise SystemExit("run it from the top of the repository: python -m support.gpt2")
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from mod import GPT, GPTConfig
 from support import checkpoint
 from support.options import UserError, errors_in_one_line, load
 
-# GPT-2's own, which mod.py has built in.
+# mod.py has these values of GPT-2 built in.
 EXPECTED = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -37,23 +37,23 @@ class ConvertConfig:
 
 
 def main(argv=None):
-    with errors_in_one_line("gpt2.py", "take a smaller --model"):
-        convert(load(ConvertConfig, argv, __doc__.split(",")[0]))
+    with errors_in_one_line("gpt2.py", "use a smaller --model"):
+        convert(load(ConvertConfig, argv, __doc__.split(":")[0]))
 
 
 def convert(config):
     out_dir = Path(config.out_dir)
     if out_dir.exists():
-        raise UserError(f"{out_dir} is there already; name another folder by --out_dir")
+        raise UserError(f"{out_dir} exists already; name another folder with --out_dir")
     try:
         from transformers import GPT2LMHeadModel
     except ImportError:
         raise UserError("this needs transformers: pip install transformers") from None
     try:
         theirs = GPT2LMHeadModel.from_pretrained(config.model)
-    except Exception as error:  # of many kinds: of the hub, of damaged files, of another kind of model
+    except Exception as error:  # the hub, damaged files and other kinds of models all raise their own
         reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"{config.model} could not be loaded ({reason})") from None
+        raise UserError(f"{config.model} could not be loaded ({reason}); --help names the models") from None
     model = from_transformers(theirs)
     out_dir.mkdir(parents=True)
     data = {"tokenizer": "gpt2", "vocab_size": model.config.vocab_size, "source": config.model}
@@ -73,7 +73,7 @@ def from_transformers(theirs):
     model = GPT(GPTConfig(**sizes, bias=True, route_every=0))
     weights = {name: w for name, w in theirs.state_dict().items() if name in model.state_dict()}
     for name, w in weights.items():
-        # Theirs are stored for x @ w, nn.Linear's for x @ w.T.
+        # Theirs compute x @ w, nn.Linear computes x @ w.T.
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             weights[name] = w.T
     model.load_state_dict(weights)

@@ -3,8 +3,8 @@ Options of the command-line tools: a dataclass of defaults, a preset file, `--ke
 
     python train.py config/shakespeare_mod.py --learning_rate=3e-3
 
-A preset is a Python file of bare assignments to option names. It may add `cpu = dict(...)`: options for a machine
-without a GPU. The order, later wins: defaults, preset, its cpu part, command line.
+A preset is a Python file that assigns values to option names. It may also assign `cpu`, a dict of options for a machine
+without a GPU. Later ones win: defaults, preset, its cpu part, command line.
 """
 
 import argparse
@@ -15,175 +15,8 @@ import inspect
 import re
 import runpy
 import sys
-import typing
 from pathlib import Path
-
-
-class UserError(Exception):
-    """A mistake of the user's, told in one line: what was got, what was expected, what to do."""
-
-
-@contextlib.contextmanager
-def errors_in_one_line(script, smaller):
-    """
-    Around a tool's work: a user's mistake ends it with one line on stderr, a fault of ours with its whole traceback.
-
-    smaller: what to do when the memory is too small.
-    """
-    try:
-        yield
-    except (UserError, OSError) as error:  # OSError: a disk that is full, a file that may not be read
-        sys.exit(f"{script}: {error}")
-    except (RuntimeError, MemoryError) as error:
-        reason = str(error).split("\n")[0]
-        # PyTorch has no class for this, only words: of CUDA and MPS, of a CPU, and for absurd sizes.
-        words = ("out of memory", "alloc_cpu", "Storage size calculation overflowed")
-        if not (isinstance(error, MemoryError) or any(part in reason for part in words)):
-            raise
-        sys.exit(f"{script}: out of memory ({reason}); {smaller}")
-    except KeyboardInterrupt as stopped:
-        if str(stopped):
-            with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the program that reads our lines
-                print(stopped, flush=True)
-        sys.exit(130)
-
-
-def load(options_class, argv, description, preset=False, combine=lambda preset, given: {**preset, **given}):
-    """
-    The options of a command line as an instance of the dataclass `options_class`.
-
-    With preset=True the first argument may name a preset file. combine: a function that gets the preset's options and
-    those given on the command line, and returns all that differ from the defaults. Raises UserError for wrong input.
-    """
-    fields = {field.name: field for field in dataclasses.fields(options_class)}
-    comments = field_comments(options_class)
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
-    if preset:
-        parser.add_argument("preset", nargs="?", help="a file of options, such as those in config/")
-    for field in fields.values():
-        kind = "{" + ",".join(_choices(field)) + "}" if _choices(field) else field.type.__name__.upper()
-        text = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
-        flag = {"nargs": "?", "const": "True"} if field.type is bool else {}  # --bias is short for --bias=True
-        parser.add_argument(f"--{field.name}", metavar=kind, default=argparse.SUPPRESS, help=text, **flag)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(_unknown_argument(unknown[0], fields))
-    given = vars(given)
-    path = given.pop("preset", None)
-    given = {name: _convert(fields[name], value, f"--{name}") for name, value in given.items()}
-
-    in_preset, in_cpu_part = _read_preset(path, fields) if path is not None else ({}, {})
-    if in_cpu_part and pick_device({**in_preset, **given}.get("device", "auto")) == "cpu" and not given.get("resume"):
-        in_preset |= in_cpu_part
-        smaller = ", ".join(f"{name}={_short(value)}" for name, value in in_cpu_part.items() if name not in given)
-        print(f"On a CPU {path} switches to {smaller}")
-    return options_class(**combine(in_preset, given))
-
-
-def field_comments(options_class):
-    """The comment behind each field of a dataclass, {name: text}. A field declared anew may keep its base's comment."""
-    found = {}
-    for base in reversed(options_class.__mro__[:-1]):
-        found |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), flags=re.MULTILINE))
-    return found
-
-
-def at_least(least, options, names):
-    """Check that these options, named in one text, are finite numbers not below `least`. Raises UserError."""
-    for name in names.split():
-        if not least <= getattr(options, name) < 2**63:
-            raise UserError(f"{name} must be a finite number, at least {least}; got {getattr(options, name)}")
-
-
-def pick_device(name):
-    """`name`, or for "auto" the best that this machine has: cuda, mps, cpu."""
-    import torch  # here: the processes that tokenize a large corpus import this file and do without
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:100]
-        if reason.startswith("Expected one of"):  # PyTorch lists twenty kinds of device
-            reason = "known names are cpu, cuda, cuda:1 and mps"
-        raise UserError(f"device {name!r} cannot be used here ({reason}); --device=auto takes what is there") from None
-    return name
-
-
-def pick_dtype(name, device):
-    """`name`, or for "auto" bfloat16 on a GPU that has it and float32 elsewhere."""
-    import torch
-
-    if name != "auto":
-        return name
-    has_it = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if has_it else "float32"
-
-
-def _read_preset(path, fields):
-    """The assignments of a preset file, and those of its cpu part."""
-    if not Path(path).is_file():
-        presets = {p.stem: p for p in sorted(CONFIG.glob("*.py"))}
-        name = NANOGPT_PRESETS.get(Path(path).stem, Path(path).stem)
-        near = difflib.get_close_matches(name, presets, n=1)
-        raise UserError(f"no preset file {path}" + (f"; did you mean config/{near[0]}.py?" if near else ""))
-    try:
-        names = runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path} is not a valid preset: {type(error).__name__}: {reason}") from None
-    names = {n: value for n, value in names.items() if not (n.startswith("__") or inspect.ismodule(value))}
-    cpu = names.pop("cpu", {})
-    if not isinstance(cpu, dict):
-        raise UserError(f"{path}: cpu must be a dict of options, got {cpu!r}")
-
-    def checked(part):
-        for name in part:
-            if name not in fields:
-                raise UserError(f"{path}: unknown option {name!r}{_nearest(name, fields)}")
-        return {name: _convert(fields[name], value, f"{path}: {name}") for name, value in part.items()}
-
-    return checked(names), checked(cpu)
-
-
-def _convert(field, value, where):
-    """`value`, a text from the command line or a value from a preset, as the field's type."""
-    if choices := _choices(field):
-        matches = [choice for choice in choices if choice.lower() == str(value).lower()]
-        if not matches:
-            hint = _nearest(value, choices)
-            raise UserError(f"{where} must be one of {', '.join(choices)}; got {str(value)!r}{hint}")
-        return matches[0]
-    expected = {bool: "True or False", int: "a whole number in digits", float: "a number", str: "a text in UTF-8"}
-    try:
-        if field.type is bool:
-            return {"true": True, "false": False}[str(value).lower()]
-        if isinstance(value, str):
-            value.encode("utf-8")  # it goes into JSON files; the name of a folder may be bytes that are no text
-            return field.type(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if field.type is float else field.type):
-            raise ValueError
-        return field.type(value)
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise UserError(f"{where} expects {expected[field.type]}, got {value!r}") from None
-
-
-def _choices(field):
-    """The values that a field of a Literal type may have; () for other types."""
-    return typing.get_args(field.type)
-
-
-def _short(value):
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _unknown_argument(argument, fields):
-    if not argument.startswith("--"):
-        return f"unexpected argument {argument!r}; options are written --name=value"
-    name = argument.split("=")[0]
-    return f"unknown option {name}{_nearest(name, [f'--{field}' for field in fields]) or '; --help lists them all'}"
-
+from typing import get_args
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
 NANOGPT_PRESETS = {
@@ -204,6 +37,160 @@ INSTEAD = {  # of options that nanoGPT or an earlier version has
 }
 
 
+class UserError(Exception):
+    """A user's mistake in one line: got, expected, what to do."""
+
+
+@contextlib.contextmanager
+def errors_in_one_line(script, smaller):
+    """
+    Around a tool's work: a user's mistake ends it with one line on stderr. Our own bugs keep their traceback.
+
+    smaller: what to do when memory runs out.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:  # OSError: a full disk, an unreadable file
+        sys.exit(f"{script}: {error}")
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).split("\n")[0]
+        # PyTorch has no error class for this on all devices, only words: of CUDA and MPS, of a CPU, for absurd sizes.
+        words = ("out of memory", "alloc_cpu", "Storage size calculation overflowed")
+        if not (isinstance(error, MemoryError) or any(part in reason for part in words)):
+            raise
+        sys.exit(f"{script}: out of memory ({reason}); {smaller}")
+    except KeyboardInterrupt as stopped:
+        if str(stopped):
+            with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the program that reads our output
+                print(stopped, flush=True)
+        sys.exit(130)
+
+
+def load(options_class, argv, description, preset=False, combine=lambda preset, given: {**preset, **given}):
+    """
+    Parse a command line into an instance of the dataclass `options_class`. Raises UserError for invalid input.
+
+    preset=True: the first argument may be a preset file. combine: a function of the preset's options and those of the
+    command line, two dicts, that returns all options that differ from the defaults.
+    """
+    fields = {field.name: field for field in dataclasses.fields(options_class)}
+    comments = field_comments(options_class)
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_wide)
+    if preset:
+        parser.add_argument("preset", nargs="?", help="a file of options, such as those in config/")
+    for field in fields.values():
+        choices = get_args(field.type)
+        kind = "{" + ",".join(choices) + "}" if choices else field.type.__name__.upper()
+        text = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
+        flag = {"nargs": "?", "const": "True"} if field.type is bool else {}  # --bias is short for --bias=True
+        parser.add_argument(f"--{field.name}", metavar=kind, default=argparse.SUPPRESS, help=text, **flag)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("--"):
+        raise UserError(f"unexpected argument {unknown[0]!r}; options are written --name=value")
+    if unknown:
+        name = unknown[0].split("=")[0]
+        hint = _nearest(name, [f"--{field}" for field in fields]) or "; --help lists them all"
+        raise UserError(f"unknown option {name}{hint}")
+    given = vars(given)
+    path = given.pop("preset", None)
+    given = {name: _convert(fields[name], value, f"--{name}") for name, value in given.items()}
+
+    in_preset, in_cpu_part = _read_preset(path, fields) if path is not None else ({}, {})
+    if in_cpu_part and pick_device({**in_preset, **given}.get("device", "auto")) == "cpu" and not given.get("resume"):
+        in_preset |= in_cpu_part
+        shown = {name: value for name, value in in_cpu_part.items() if name not in given}
+        smaller = ", ".join(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in shown.items())
+        print(f"On a CPU {path} switches to {smaller}")
+    return options_class(**combine(in_preset, given))
+
+
+def field_comments(options_class):
+    """The comment after each field of a dataclass, {name: text}. A redeclared field may keep its base's comment."""
+    found = {}
+    for base in reversed(options_class.__mro__[:-1]):
+        found |= dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), flags=re.MULTILINE))
+    return found
+
+
+def at_least(least, options, names):
+    """Check that the options in `names`, a text, are finite numbers and not below `least`. Raises UserError."""
+    for name in names.split():
+        if not least <= getattr(options, name) < 2**63:
+            raise UserError(f"{name} must be a finite number, at least {least}; got {getattr(options, name)}")
+
+
+def pick_device(name):
+    """`name`, or for "auto" the best that this machine has: cuda, mps, cpu."""
+    import torch  # not at the top: the processes that tokenize a large corpus import this file and do not need it
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:100]
+        if reason.startswith("Expected one of"):  # PyTorch lists twenty kinds of device
+            reason = "known names are cpu, cuda, cuda:1 and mps"
+        raise UserError(f"device {name!r} cannot be used here ({reason}); --device=auto picks one that can") from None
+    return name
+
+
+def pick_dtype(name, device):
+    """`name`, or for "auto" bfloat16 on a GPU that has it and float32 elsewhere."""
+    import torch
+
+    if name != "auto":
+        return name
+    has_it = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_it else "float32"
+
+
+def _read_preset(path, fields):
+    """The options in a preset file, and those in its cpu part."""
+    if not Path(path).is_file():
+        presets = {p.stem: p for p in sorted(CONFIG.glob("*.py"))}
+        name = NANOGPT_PRESETS.get(Path(path).stem, Path(path).stem)
+        near = difflib.get_close_matches(name, presets, n=1)
+        raise UserError(f"no preset file {path}" + (f"; did you mean config/{near[0]}.py?" if near else ""))
+    try:
+        names = runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path} is not a valid preset: {type(error).__name__}: {reason}") from None
+    names = {n: value for n, value in names.items() if not (n.startswith("__") or inspect.ismodule(value))}
+    cpu = names.pop("cpu", {})
+    if not isinstance(cpu, dict):
+        raise UserError(f"{path}: cpu must be a dict of options, got {cpu!r}")
+    for name in (*names, *cpu):
+        if name not in fields:
+            raise UserError(f"{path}: unknown option {name!r}{_nearest(name, fields)}")
+    return tuple(
+        {name: _convert(fields[name], value, f"{path}: {name}") for name, value in part.items()}
+        for part in (names, cpu)
+    )
+
+
+def _convert(field, value, where):
+    """`value`, a text from the command line or a value from a preset, as the field's type."""
+    if choices := get_args(field.type):
+        matches = [choice for choice in choices if choice.lower() == str(value).lower()]
+        if not matches:
+            hint = _nearest(value, choices)
+            raise UserError(f"{where} must be one of {', '.join(choices)}; got {str(value)!r}{hint}")
+        return matches[0]
+    expected = {bool: "True or False", int: "a whole number in digits", float: "a number", str: "a text in UTF-8"}
+    try:
+        if field.type is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if isinstance(value, str):
+            value.encode("utf-8")  # it goes into JSON files, and a folder's name may be bytes that are no text
+        elif isinstance(value, bool) or not isinstance(value, (int, float) if field.type is float else field.type):
+            raise ValueError
+        return field.type(value)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise UserError(f"{where} expects {expected[field.type]}, got {value!r}") from None
+
+
 def _nearest(name, known):
     if instead := INSTEAD.get(str(name).removeprefix("--")):
         return f"; {instead}"
@@ -216,6 +203,5 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-class _HelpFormatter(argparse.HelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=32, width=120)
+def _wide(prog):
+    return argparse.HelpFormatter(prog, max_help_position=32, width=120)

@@ -3,9 +3,9 @@ Training on several devices, by PyTorch's DistributedDataParallel under torchrun
 
     torchrun --standalone --nproc_per_node=8 train.py config/owt_mod_124m.py
 
-torchrun starts train.py once for each device; such a process is called a rank. Each rank has a copy of the model and
-does its share of the micro-steps and of the evaluation; then all exchange gradients and losses. Rank 0 alone prints
-and writes. Without torchrun there is one rank, and all of this does nothing.
+torchrun starts train.py once per device. Each process, called a rank, has a copy of the model and does its share of the
+micro-steps and of the evaluation. Then the ranks exchange gradients and losses. Only rank 0 prints and writes. Without
+torchrun there is one rank, and these functions do nothing.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from support.options import UserError
 
 @contextlib.contextmanager
 def joined():
-    """Under torchrun: one of its ranks, of which the first alone prints."""
+    """Under torchrun, join the other ranks and silence all but the first."""
     if not dist.is_torchelastic_launched():
         yield
         return
     if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Tensors of a CPU are exchanged by gloo, those of a GPU by NCCL.
+    # gloo exchanges tensors on a CPU, NCCL those on a GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
@@ -35,18 +35,22 @@ def joined():
     except UserError:
         if os.environ["LOCAL_RANK"] == "0":
             raise
-        time.sleep(3)  # the first rank of each machine tells it; when one has ended, torchrun ends the others
-        sys.exit(1)
+        _wait_for_the_end()  # the first rank of each machine prints the error
     except KeyboardInterrupt:
         if is_main():
             raise
         sys.exit(130)
-    dist.destroy_process_group()  # after an error it might wait for ranks that are gone
-    # Everything is done and saved. Python's own end would now and then abort in gloo's threads (PyTorch 2.13, seen in a
-    # script of nothing else), and torchrun would report a failure.
+    dist.destroy_process_group()  # not after an error: it might wait for ranks that are gone
+    # Everything is saved. Python's own exit sometimes aborts in gloo's threads (PyTorch 2.13, even in a script without
+    # our code), and torchrun would report a failure.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _wait_for_the_end():
+    time.sleep(3)  # when one rank has ended, torchrun ends the others
+    sys.exit(1)
 
 
 def under_torchrun():
@@ -66,28 +70,27 @@ def is_main():
 
 
 def share(n):
-    """Which of n equal pieces of work are this rank's."""
+    """Which of n equal pieces of work belong to this rank."""
     return range(rank(), n, ranks())
 
 
 def device(name):
-    """The device of this rank, where there are several: of a machine's GPUs each of its ranks has one."""
+    """The device of this rank: under torchrun each rank of a machine has one of its GPUs."""
     if not dist.is_initialized() or name == "cpu":
         return name
     if name == "mps":
-        raise UserError("several ranks cannot share Apple's GPU; --device=cpu, or start without torchrun")
+        raise UserError("several ranks cannot share Apple's GPU; use --device=cpu, or start without torchrun")
     own = f"cuda:{os.environ['LOCAL_RANK']}"
     if name not in ("cuda", own):
-        raise UserError(f"under torchrun each rank has a GPU of its own: --device=cuda instead of {name}")
-    if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-        raise UserError(
-            f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}, but this machine has {torch.cuda.device_count()} GPUs"
-        )
+        raise UserError(f"under torchrun each rank has a GPU of its own; use --device=cuda instead of {name}")
+    on_machine, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if on_machine > gpus:
+        raise UserError(f"--nproc_per_node={on_machine}, but this machine has {gpus} GPUs; use at most {gpus}")
     return own
 
 
 def wrap(model, device):
-    """The model to call in training: its backward pass leaves the mean of all ranks' gradients."""
+    """The model to call in training. Its backward pass leaves the mean of all ranks' gradients."""
     if not dist.is_initialized():
         return model
     ids = [device] if device.startswith("cuda") else None
@@ -95,8 +98,7 @@ def wrap(model, device):
 
 
 def exchange_gradients(wrapped, now):
-    """A context: its backward pass exchanges the ranks' gradients only if `now`, which is once for each step."""
-    # DistributedDataParallel takes their mean during backward; no_sync puts that off.
+    """A context for a backward pass. It exchanges the ranks' gradients only if `now`, once per step."""
     return wrapped.no_sync() if dist.is_initialized() and not now else contextlib.nullcontext()
 
 
@@ -109,24 +111,22 @@ def sum_over_ranks(tensor):
 
 def any_rank(flag):
     """
-    True on all ranks if `flag` is true on any: they must stop, or go on, together, or some would wait for ever.
+    True on all ranks if `flag` is true on any, so that they stop or continue together and none waits forever.
 
-    All wait here for the slowest, for 30 minutes at most, which is gloo's patience.
+    All wait here for the slowest rank, at most 30 minutes, gloo's timeout.
     """
     return sum_over_ranks(torch.tensor(float(bool(flag)))).item() > 0
 
 
 @contextlib.contextmanager
 def main_first():
-    """Rank 0 does it first, then the others. Where it fails there, they end; it tells why."""
+    """Rank 0 runs the block first, then the others. If it fails on rank 0, the others exit, and rank 0 prints why."""
     if not is_main() and any_rank(False):
-        time.sleep(3)  # when one has ended, torchrun ends the others
-        sys.exit(1)
+        _wait_for_the_end()
+    failed = True
     try:
         yield
-    except BaseException:
+        failed = False
+    finally:
         if is_main():
-            any_rank(True)
-        raise
-    if is_main():
-        any_rank(False)
+            any_rank(failed)

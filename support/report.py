@@ -1,4 +1,4 @@
-"""What a run prints about itself: its model, its machine, its progress and evaluations."""
+"""The lines that a run prints: its model, its progress, its evaluations."""
 
 import dataclasses
 import platform
@@ -12,7 +12,7 @@ from mode import MoDE, forward_flops
 from support import ranks
 from support.options import UserError
 
-# FLOPs per second at most, in matrix products of 16-bit numbers: the makers' figures, without sparsity.
+# Peak FLOPs per second of 16-bit matrix products without sparsity, as the makers state them.
 PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
@@ -29,7 +29,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device, dtype):
-    """What the run's devices can do at most; None where it is not known, as for float32."""
+    """The peak FLOPs per second of all the run's devices, or None if it is unknown, as for float32."""
     if not device.startswith("cuda") or dtype == "float32":
         return None
     name = torch.cuda.get_device_name(device)
@@ -84,10 +84,10 @@ def versions(device):
 
 
 class ProgressLine:
-    """The line at the bottom of the terminal: percent, time left, loss, tokens/s and, where known, MFU."""
+    """The line at the bottom of the terminal: percent, time left, loss, tokens/s and, if known, MFU."""
 
     def __init__(self, progress, max_iters, tokens_per_step, step_flops, device, dtype):
-        hidden = None if ranks.is_main() else True  # None: hidden where there is no terminal
+        hidden = None if ranks.is_main() else True  # None: hidden without a terminal
         self.bar = tqdm(total=max_iters, initial=progress.step, disable=hidden, unit="step", dynamic_ncols=True)
         self.tokens_per_step, self.step_flops, self.peak = tokens_per_step, step_flops, peak_flops(device, dtype)
         self.step, self.seconds = progress.step, progress.train_seconds  # at the last update

@@ -1,6 +1,4 @@
-"""
-What keeps a run from being lost: its folder and the lock on it, going on from its last checkpoint, stopping when asked.
-"""
+"""A run's folder: the lock on it, moving an earlier run aside, saving, resuming, and stopping on request."""
 
 import contextlib
 import json
@@ -20,9 +18,9 @@ from support.options import UserError
 
 @dataclass
 class Progress:
-    """How far a run has come: all that changes in it, weights and optimizer apart."""
+    """What changes in a run, apart from weights and optimizer."""
 
-    step: int = 0  # the step to be made next
+    step: int = 0  # the next step
     rows: list = field(default_factory=list)  # of metrics.jsonl
     best: float = math.inf  # the lowest causal loss among the saved ones
     saved: int | None = None  # the step of the last checkpoint
@@ -32,36 +30,34 @@ class Progress:
 
     def add(self, losses, seconds):
         """Count a step with these losses, language model and routing."""
-        self.loss_sum = self.loss_sum + losses[0]  # on the device, so that nothing waits for them
+        self.loss_sum = self.loss_sum + losses[0]  # stays on the device, so that nothing waits for it
         self.aux_sum = self.aux_sum + losses[1]
         self.step += 1
         self.train_seconds += seconds
 
     def mean_losses(self):
-        """The mean training losses since the last evaluation; nothing before the first step."""
+        """The mean training losses since the last evaluation, {} before the first step."""
         steps = self.step - self.rows[-1]["step"] if self.rows else 0
-        sums = {"train_loss": self.loss_sum, "aux_loss": self.aux_sum} if steps else {}
-        return {name: float(total) / steps for name, total in sums.items()}
+        if not steps:
+            return {}
+        return {"train_loss": float(self.loss_sum) / steps, "aux_loss": float(self.aux_sum) / steps}
 
 
 def saved_options(out_dir):
-    """The options of the run in out_dir, "auto" as it was asked for; None if there is no run of ours."""
+    """The options of the run in out_dir, with "auto" as it was asked for; None if out_dir holds no run."""
     try:
-        info, _ = last_whole(out_dir)
-    except UserError:
         try:
+            info, _ = last_whole(out_dir)
+        except UserError:
             info = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-    try:
         options = checkpoint.with_variant(info["config"])
-        return {**options, **info.get("asked", {})}  # "auto" may mean something else where the run goes on
-    except (LookupError, TypeError, AttributeError):
+        return {**options, **info.get("asked", {})}  # "auto" may mean something else where the run is resumed
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
 def last_whole(out_dir):
-    """The JSON of the last whole checkpoint, and what is wrong with a later one (None: nothing)."""
+    """The JSON of the last whole checkpoint, and the error of a later, damaged one (or None)."""
     try:
         return checkpoint.read(out_dir, "last"), None
     except (UserError, OSError) as damage:
@@ -72,14 +68,14 @@ def last_whole(out_dir):
 
 
 def best_loss(out_dir, step):
-    """The causal loss of the best checkpoint; infinity if it is of steps after `step`, which are made again now."""
+    """The best checkpoint's causal loss; infinity if it was saved after `step`, because those steps are repeated."""
     best = checkpoint.read(out_dir, "best")
     return best["rows"][-1]["val_loss_causal"] if best["step"] <= step else math.inf
 
 
 @contextlib.contextmanager
 def only_run_in(out_dir):
-    """No second train.py in this folder meanwhile. The lock is the operating system's and ends with the process."""
+    """Lock out_dir against a second train.py. The operating system drops the lock when the process ends."""
     if not ranks.is_main():  # rank 0 holds it for all
         yield
         return
@@ -92,7 +88,7 @@ def only_run_in(out_dir):
         if path.is_file():
             raise UserError(f"out_dir {out_dir} cannot be a folder: {path} is a file")
     try:
-        # Beside the folder, which may be moved aside.
+        # The lock is beside the folder, because the folder may be moved aside.
         with filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             yield
     except filelock.Timeout:
@@ -100,30 +96,30 @@ def only_run_in(out_dir):
 
 
 def keep_earlier_run(out_dir):
-    """Make `out_dir`; where an earlier run stands, its folder moves to out_dir.1, .2, ..."""
+    """Make `out_dir`. If it holds an earlier run, move that folder to out_dir.1, .2, ..."""
     patterns = ("config.json", "metrics.jsonl", *(f"{name}.json" for name in checkpoint.NAMES), "model-*.pt")
     found = [path.name for pattern in patterns for path in out_dir.glob(pattern)]
     if found and saved_options(out_dir) is None:
-        raise UserError(f"{out_dir} holds a {found[0]} that is not from a run; name another folder by --out_dir")
+        raise UserError(f"{out_dir} holds a {found[0]} that is not from a run; name another folder with --out_dir")
     out_dir.mkdir(parents=True, exist_ok=True)
     if found:
-        folder = out_dir.resolve()  # of a link the folder moves, not the link: it may lead to a larger disk
+        folder = out_dir.resolve()  # move the folder, not a link to it: the link may lead to a larger disk
         number = 1
         while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
-        folder.rename(aside)  # in one move: there is no moment at which half of it is here and half there
+        folder.rename(aside)  # in one move, so that a kill cannot leave half of the run behind
         folder.mkdir()
         shown = aside if out_dir.is_symlink() else out_dir.with_name(aside.name)
-        print(f"{out_dir} holds an earlier run: moved to {shown} (to go on with it instead: --resume)")
+        print(f"{out_dir} holds an earlier run: moved to {shown} (to resume it instead: --resume)")
 
 
 def load(out_dir, model, stateful, max_iters, info, defaults):
     """
-    Put the run's last whole checkpoint into the model and `stateful`; returns its Progress.
+    Load the run's last whole checkpoint into the model and `stateful`; returns its Progress.
 
-    stateful: what else has a state_dict, as {"optimizer": ..., "scaler": ...}. info: what this run saves beside it, in
-    order to print every option or version that changed. defaults: the value of each option, for those that did not
-    exist when the run was saved. Raises UserError if the run cannot continue like this; then nothing has changed.
+    stateful: everything else with a state_dict, {"optimizer": ..., "scaler": ...}. info: what this run saves beside
+    them; every option or version that changed is printed. defaults: each option's value, for options that did not exist
+    when the run was saved. Raises UserError, before it changes anything, if the run cannot continue like this.
     """
     found, damage = last_whole(out_dir)
     if damage:
@@ -135,43 +131,38 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
     shape = checkpoint.differences({**defaults, **found["model"]}, {**defaults, **asdict(model.config)})
     if shape:
         raise UserError(f"the run in {out_dir} has another model: {shape}. Resume with its own options")
-    may_differ = ("out_dir", "resume")
-    before, now = (
-        {name: value for name, value in {**defaults, **each["config"]}.items() if name not in may_differ}
-        for each in (found, info)
-    )
-    batch = ("batch_size", "gradient_accumulation_steps")
-    changed = checkpoint.differences({name: before[name] for name in batch}, now)
-    if changed:
-        raise UserError(f"the run in {out_dir} counts its steps, tokens and FLOPs by another batch: {changed}")
+    before, now = {**defaults, **found["config"]}, info["config"]
+    batch = checkpoint.differences(before, now, ("batch_size", "gradient_accumulation_steps"))
+    if batch:
+        raise UserError(f"the run in {out_dir} counts its steps, tokens and FLOPs by another batch: {batch}")
     if found["step"] > max_iters:
         raise UserError(f"the run in {out_dir} is at step {found['step']}, beyond max_iters {max_iters}")
     print(f"Resuming {out_dir} at step {found['step']:,}")
-    changed = checkpoint.differences({**before, **found["versions"]}, {**now, **info["versions"]})
+    here = {"out_dir": now["out_dir"], "resume": now["resume"]}  # these two may differ
+    changed = checkpoint.differences({**before, **here, **found["versions"]}, {**now, **info["versions"]})
     if changed:
         print(f"Not exactly the run that stopped: {changed}")
     state = checkpoint.tensors(out_dir, found, "optimizer")
     model.load_state_dict(checkpoint.tensors(out_dir, found, "model"))
     state["optimizer"]["param_groups"] = stateful["optimizer"].state_dict()["param_groups"]  # options may have changed
     for name, part in stateful.items():
-        if state.get(name):  # empty: of a scaler that was not in use
+        if state.get(name):  # a scaler that was not in use has an empty state
             part.load_state_dict(state[name])
-    # Where the last one was damaged, the one before it takes its place: or the next save would make the damaged one
-    # previous.json, and for a moment there would be no whole checkpoint.
+    # This checkpoint becomes the last one. Otherwise the next save would make a damaged one previous.json, and for a
+    # moment no checkpoint would be whole.
     if ranks.is_main():
         checkpoint.commit(out_dir, "last", found)
-    step = found["step"]
     try:
-        best = best_loss(out_dir, step)
+        best = best_loss(out_dir, found["step"])
     except (UserError, OSError) as lost:
-        print(f"The best checkpoint is lost ({lost}); the next evaluation takes its place")
+        print(f"The best checkpoint is lost ({lost}); the next evaluation replaces it")
         best = math.inf
-    return Progress(step, found["rows"], best, saved=step, **state["progress"])
+    return Progress(found["step"], found["rows"], best, saved=found["step"], **state["progress"])
 
 
 def save(out_dir, model, stateful, progress, info, stop):
     """
-    Save the run as it is now; True if it worked. Where the disk has no room, there may be some the next time.
+    Save the run; True if it worked. If the disk is full, training continues and a later save may work.
 
     stateful: as in `load`. info: what else goes into the checkpoint's JSON. stop: the Stop in force.
     """
@@ -186,12 +177,12 @@ def save(out_dir, model, stateful, progress, info, stop):
         write_metrics(out_dir, rows)
         checkpoint.save(out_dir, step, model, state, loss < progress.best, {**info, "rows": rows})
     except (OSError, RuntimeError) as error:
-        # PyTorch makes a RuntimeError of a full disk, and of a second Ctrl-C while it writes.
+        # PyTorch turns a full disk into a RuntimeError, and also a second Ctrl-C while it writes.
         if stop.again:
             raise KeyboardInterrupt(stop.AT_ONCE) from None
         tqdm.write(f"step {step:,}: the checkpoint could not be saved ({error}); the one before it is whole")
         with contextlib.suppress(UserError, OSError):
-            progress.best = best_loss(out_dir, step)  # it may have become the best one without becoming the last
+            progress.best = best_loss(out_dir, step)  # best.json may have been written, and only last.json not
     else:
         progress.saved, progress.best = step, min(progress.best, loss)
     checkpoint.remove_unused(out_dir)
@@ -205,8 +196,8 @@ def write_metrics(out_dir, rows):
 
 class Stop:
     """
-    While it is entered, Ctrl-C, SIGTERM and SIGHUP (the terminal is gone) only ask to stop: `requested` is then the
-    signal's number, to be looked at where stopping is safe. A second one stops at once (`again`).
+    A context in which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) only set `requested` to the signal's number. The
+    training loop checks it where stopping is safe. A second signal sets `again` and stops at once.
     """
 
     AT_ONCE = "Stopped at once; what was saved before is whole"
@@ -214,17 +205,16 @@ class Stop:
 
     def __enter__(self):
         self.handlers = {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
             numbers = [signal.SIGINT, signal.SIGTERM]
-            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
                 numbers.append(signal.SIGHUP)
             self.handlers = {number: signal.signal(number, self.ask) for number in numbers}
         return self
 
     def ask(self, number, frame):
-        # A scheduler may signal each rank, and torchrun passes on the signal that it got itself: one wish, told twice.
         if self.requested and ranks.under_torchrun():
-            return
+            return  # the same request again: the scheduler signals each rank, and torchrun passes on its own signal
         if self.requested:
             self.again = True
             raise KeyboardInterrupt(self.AT_ONCE)
@@ -232,8 +222,8 @@ class Stop:
         if not ranks.is_main():
             return
         once_more = b"" if ranks.under_torchrun() else b". Once more: at once"
-        with contextlib.suppress(OSError):  # as when the same Ctrl-C ended the program that reads our lines
-            os.write(2, b"\nStopping after this step" + once_more + b"\n")  # print may not be called within a signal
+        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the program that reads our output
+            os.write(2, b"\nStopping after this step" + once_more + b"\n")  # print is not safe in a signal handler
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():

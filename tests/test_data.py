@@ -146,7 +146,7 @@ def test_stopped_at_any_chunk_it_ends_with_the_same_bytes(tmp_path, tiny_encodin
     assert not (tmp_path / "out" / "meta.json").exists()
     openwebtext.main(argv)
     assert prepared(tmp_path / "out")[0] == reference(TEXTS * 5, tiny_encoding, 4, 2357)
-    assert ("Going on after" in capsys.readouterr().out) == (at >= 2)
+    assert ("Continuing after" in capsys.readouterr().out) == (at >= 2)
 
 
 def test_other_options_begin_anew(tmp_path, tiny_encoding, threads, monkeypatch):
@@ -207,7 +207,7 @@ def test_what_is_done_is_not_done_again(tmp_path, tiny_encoding, threads, monkey
     openwebtext.main(argv)
     monkeypatch.setattr(openwebtext, "tokens_of_chunk", None)
     openwebtext.main(argv)
-    assert "out holds just this already" in capsys.readouterr().out
+    assert "out holds exactly this data already" in capsys.readouterr().out
 
 
 def test_mistakes(tmp_path, tiny_encoding, threads, monkeypatch):
@@ -237,7 +237,7 @@ def test_mistakes(tmp_path, tiny_encoding, threads, monkeypatch):
         openwebtext, "--input in --out new --val_every=1000000000 --processes=1".split()
     )
     with openwebtext.FileLock(tmp_path / "new" / "lock"):
-        assert "another prepare.py is at work in new" in told(openwebtext, "--input in --out new".split())
+        assert "another prepare.py is working in new" in told(openwebtext, "--input in --out new".split())
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: range(5))
     assert "gave 5 documents, it has 8,013,769; delete it" in told(openwebtext, [])
 
@@ -252,7 +252,7 @@ def test_without_the_tokenizer_it_says_how_to_bring_it(tmp_path, monkeypatch):
         assert "(no route to host); fetch https://" in line and "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4" in line
     assert not (tmp_path / "new").exists()
     line = told(train, ["--dataset=openwebtext", "--max_iters=1", f"--out_dir={tmp_path / 'out'}"])
-    assert "is not prepared; that takes hours and a large disk: python" in line
+    assert "is not prepared; this takes hours and a large disk: python" in line
 
 
 def test_shakespeare_in_these_tokens_has_the_split_of_characters(tmp_path, tiny_encoding):
@@ -344,7 +344,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, real_enc
     process.wait()
     assert not (out / "meta.json").exists()
     done = subprocess.run([*command, "--processes=2"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "Going on after" in done.stdout
+    assert "Continuing after" in done.stdout
     assert prepared(out)[0] == reference(texts, real_encoding, 2000, 2357)
 
 

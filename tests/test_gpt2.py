@@ -52,7 +52,7 @@ def test_a_saved_model_becomes_a_checkpoint_that_starts_a_run(tmp_path, tiny):
     assert (model(idx)[0] - their_model(idx).logits).abs().max() < 1e-5
     assert info["data"]["tokenizer"] == "gpt2" and info["data"]["vocab_size"] == 61
     assert "ours does not come from train.py" in told(train, ["--eval_only", f"--out_dir={tmp_path / 'ours'}"])
-    assert "ours is there already; name another folder by --out_dir" in told(gpt2, argv)
+    assert "ours exists already; name another folder with --out_dir" in told(gpt2, argv)
     assert "could not be loaded (" in told(gpt2, [f"--model={tmp_path}", f"--out_dir={tmp_path / 'new'}"])
     assert not (tmp_path / "new").exists()
 

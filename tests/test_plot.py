@@ -22,11 +22,8 @@ def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_pat
     groups = plot.group_by_setting(
         [plot.read_run(run) for run in [*runs, tmp_path / "again/mod-2", tmp_path / "dense-3"]]
     )
-    assert [len(group) for _, group in groups] == [
-        2,
-        2,
-        2,
-    ]  # no group swallows another; a dense model has no aux_weight
+    # No group swallows another, and aux_weight does not matter in a dense model.
+    assert [len(group) for _, group in groups] == [2, 2, 2]
     capsys.readouterr()
     for x in plot.AXES:
         plot.main([*runs, "--x", x, "--out", str(tmp_path / "losses.png")])

@@ -38,8 +38,8 @@ def test_an_interrupted_prepare_leaves_the_old_set_or_none(tmp_path, dataset, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare.Path, "write_bytes", full)
-        with pytest.raises(SystemExit, match="cannot write to .*: No space left on device"):
-            prepare.write_dataset("another text", "x", tmp_path)
+        with pytest.raises(UserError, match="cannot write to .*: No space left on device"):
+            prepare.write_characters("another text", "x", tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
     class Killed(BaseException):
@@ -55,12 +55,12 @@ def test_an_interrupted_prepare_leaves_the_old_set_or_none(tmp_path, dataset, mo
 
     monkeypatch.setattr(Path, "replace", killed_at_the_second)
     with pytest.raises(Killed):
-        prepare.write_dataset("another text", "x", tmp_path)
+        prepare.write_characters("another text", "x", tmp_path)
     with pytest.raises(UserError, match=r"is damaged \(.*\); run prepare.py again"):  # half of it is new
         load_dataset(str(tmp_path), block_size=256)
     monkeypatch.undo()
     text = "another text" * 50
-    prepare.write_dataset(text, "x", tmp_path)
+    prepare.write_characters(text, "x", tmp_path)
     assert len(load_dataset(str(tmp_path), block_size=8)[1]["val"]) == len(text) // 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 

@@ -6,13 +6,13 @@ OpenWebText, or a folder of documents of your own, in GPT-2's tokens:
 
 Needs Hugging Face datasets: pip install datasets
 
-Each document is followed by the end-of-text token. Of every --val_every documents one, drawn by --seed, goes to
-val.bin, the others to train.bin, in their order (of files: by their paths). A .txt file is one document. Stopped or
-killed, it goes on where it was when it is started again.
+An end-of-text token follows each document. Of every --val_every documents, one drawn by --seed goes to val.bin and the
+others to train.bin, in order (files are sorted by path). A .txt file is one document. After a stop or a kill, the same
+command continues.
 """
 
 if __name__ == "__main__" and not __package__:
-    raise SystemExit("prepare.py runs as a module, from the top of the repository: python -m data.openwebtext.prepare")
+    raise SystemExit("run it from the top of the repository: python -m data.openwebtext.prepare")
 
 import argparse
 import functools
@@ -33,44 +33,42 @@ from tqdm import tqdm
 from support import data
 from support.options import UserError, errors_in_one_line
 
-HERE = Path(__file__).resolve().parent
-
 OPENWEBTEXT = "Skylion007/openwebtext"
-OPENWEBTEXT_DOCUMENTS = 8_013_769  # fewer: a branch with a part of it, or a download that ended early
+OPENWEBTEXT_DOCUMENTS = 8_013_769  # fewer: part of it, or a download that ended early
 FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-CHUNK = 256  # documents that a process tokenizes at a time
-SAVE_EVERY = 64  # chunks, after which what was done is safe from a kill
+CHUNK = 256  # documents per task of a process
+SAVE_EVERY = 64  # chunks between two saves
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("--input", type=Path, help="a folder, or a file, of documents; without it OpenWebText")
-    parser.add_argument("--column", default="text", help="where .jsonl and .parquet files have the text (%(default)s)")
-    parser.add_argument("--out", type=Path, help="the folder to write to (OpenWebText: that of this script)")
-    parser.add_argument("--val_every", type=int, default=2000, help="one of so many documents is for validation")
+    parser.add_argument("--input", type=Path, help="a folder of documents, or a file; default: download OpenWebText")
+    parser.add_argument("--column", default="text", help="the text's column in .jsonl and .parquet files (%(default)s)")
+    parser.add_argument("--out", type=Path, help="the folder to write to (OpenWebText: this script's folder)")
+    parser.add_argument("--val_every", type=int, default=2000, help="one in this many documents is for validation")
     parser.add_argument("--seed", type=int, default=2357, help="draws the documents for validation")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that tokenize (%(default)s)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="number of processes (%(default)s)")
     args = parser.parse_args(argv)
-    with errors_in_one_line("prepare.py", "take fewer --processes"):
+    with errors_in_one_line("prepare.py", "use fewer --processes"):
         if args.input and not args.out:
             raise UserError("name a folder for documents of your own, such as --out data/my_set")
         for name, least in (("val_every", 2), ("seed", 0), ("processes", 1)):
             if getattr(args, name) < least:
                 raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
-        data.gpt2_encoding()  # a tokenizer that cannot be had shows before anything is downloaded
-        prepare(args, args.out or HERE)
+        prepare(args, args.out or Path(__file__).resolve().parent)
 
 
 def prepare(args, out):
+    vocab_size = data.gpt2_encoding().n_vocab  # first, so that a missing tokenizer shows before the download
     documents, source, files = load_documents(args.input, args.column)
     out.mkdir(parents=True, exist_ok=True)
-    # What the bytes depend on. What was done before under other circumstances is of no use.
+    # The bytes depend on these. Earlier work with other values is useless.
     job = {"source": source, "documents": len(documents), "files": files, "column": args.column}
     job |= {"val_every": args.val_every, "seed": args.seed, "chunk": CHUNK}
     try:
         with FileLock(out / "lock", timeout=0):
             if is_done(out, job):
-                print(f"{out} holds just this already")
+                print(f"{out} holds exactly this data already")
                 return
             parts, done = tokenize(documents, job, args, out)
             if done["train"] == 0 or done["val"] == 0:
@@ -78,36 +76,36 @@ def prepare(args, out):
                     f"{source} has {len(documents)} documents, too few for --val_every={args.val_every}: "
                     "no tokens for train or none for val; make it smaller"
                 )
-            meta = {"tokenizer": "gpt2", "vocab_size": data.gpt2_encoding().n_vocab, "text_sha256": done["digest"]}
+            meta = {"tokenizer": "gpt2", "vocab_size": vocab_size, "text_sha256": done["digest"]}
             meta |= {"source": source, "job": job, "without_text": done["without_text"]}
             meta = data.commit(out, parts, meta)
             (out / "progress.json").unlink()
     except BrokenProcessPool:
         raise UserError(
-            "a process that tokenizes was killed, perhaps for want of memory; start again, with fewer --processes"
+            "a process that tokenizes was killed, perhaps because memory ran out; start again with fewer --processes"
         ) from None
     except Timeout:
-        raise UserError(f"another prepare.py is at work in {out}; wait for it, or name another --out") from None
+        raise UserError(f"another prepare.py is working in {out}; wait for it, or name another --out") from None
     tokens = ", ".join(f"{split}.bin {n:,} tokens" for split, n in meta["tokens"].items())
-    without = f" ({meta['without_text']:,} without text left out)" if meta["without_text"] else ""
-    print(f"{source}: {len(documents):,} documents{without}\n{out}: {tokens}, meta.json")
+    skipped = f" ({meta['without_text']:,} without text left out)" if meta["without_text"] else ""
+    print(f"{source}: {len(documents):,} documents{skipped}\n{out}: {tokens}, meta.json")
 
 
 def load_documents(path, column):
-    """The documents, a Hugging Face Dataset mapped from the disk; what they are; a fingerprint of their files."""
+    """The documents as a Hugging Face Dataset, mapped from the disk; their source; a fingerprint of their files."""
     try:
-        import datasets
-        import pyarrow  # datasets brings it
+        import pyarrow  # datasets installs it
+        from datasets import load_dataset
     except ImportError:
         raise UserError("this needs Hugging Face datasets: pip install datasets") from None
     if path is None:
         try:
-            documents = datasets.load_dataset(OPENWEBTEXT, split="train")
-        except Exception as error:  # of many kinds: of the hub, of the network, of the disk
+            documents = load_dataset(OPENWEBTEXT, split="train")
+        except Exception as error:  # the hub, the network and the disk all raise their own
             reason = str(error).split("\n")[0][:200]
             raise UserError(
-                f"OpenWebText could not be loaded ({type(error).__name__}: {reason}); start again, what was downloaded "
-                "is kept. Without internet: bring documents as .jsonl, .parquet or .txt files and give them by --input"
+                f"OpenWebText could not be loaded ({type(error).__name__}: {reason}); start again, finished downloads "
+                "are kept. Without internet, pass .jsonl, .parquet or .txt files with --input"
             ) from None
         if len(documents) != OPENWEBTEXT_DOCUMENTS:
             raise UserError(
@@ -120,12 +118,12 @@ def load_documents(path, column):
     files = sorted(p for p in path.rglob("*") if p.suffix in FORMATS) if path.is_dir() else [path]
     kinds = {FORMATS.get(file.suffix) for file in files}
     if len(kinds) != 1 or None in kinds:
-        there = ", ".join(sorted({file.suffix or file.name for file in files})) or "none of these"
-        raise UserError(f"--input must hold files of one kind, .jsonl, .parquet or .txt; {path} holds {there}")
-    kind = kinds.pop()
+        found = ", ".join(sorted({file.suffix or file.name for file in files})) or "none of these"
+        raise UserError(f"--input must hold files of one kind, .jsonl, .parquet or .txt; {path} holds {found}")
+    (kind,) = kinds
     options = {"sample_by": "document"} if kind == "text" else {}  # a .txt file is one document
     try:
-        documents = datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", **options)
+        documents = load_dataset(kind, data_files=[str(f) for f in files], split="train", **options)
     except Exception as error:
         reason = str(error.__cause__ or error).split("\n")[0][:200]
         raise UserError(f"the documents in {path} cannot be read ({reason})") from None
@@ -140,17 +138,16 @@ def load_documents(path, column):
 
 def is_done(out, job):
     try:
-        meta, _ = data.load(out)
+        return data.load(out)[0].get("job") == job
     except UserError:
         return False
-    return meta.get("job") == job
 
 
 def tokenize(documents, job, args, out):
     """
-    Write the tokens to out/train.part and out/val.part; returns these paths and what was done.
+    Write the tokens to out/train.part and out/val.part; returns these paths and the progress.
 
-    This process only puts the chunks one after the other; `tokens_of_chunk`, in the others, does the work.
+    This process only appends the chunks in order. `tokens_of_chunk` does the work in the other processes.
     """
     parts = {split: out / f"{split}.part" for split in data.SPLITS}
     done = {"job": job, "chunks": 0, "train": 0, "val": 0, "without_text": 0, "digest": ""}
@@ -160,19 +157,19 @@ def tokenize(documents, job, args, out):
         if before["job"] == job and all(part.stat().st_size >= 2 * before[split] for split, part in parts.items()):
             done = before
         if done["chunks"]:
-            print(f"Going on after {done['chunks'] * CHUNK:,} of {len(documents):,} documents")
+            print(f"Continuing after {done['chunks'] * CHUNK:,} of {len(documents):,} documents")
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # nothing to go on with
+        pass  # nothing to continue
     chunks = range(done["chunks"], -(-len(documents) // CHUNK))
     files = {split: open(part, "ab") for split, part in parts.items()}
     bar = tqdm(total=len(documents), initial=done["chunks"] * CHUNK, disable=None, unit="doc", dynamic_ncols=True)
     with files["train"], files["val"], bar, pool_of(args.processes, start, (documents, args)) as pool:
         for split, file in files.items():
             file.truncate(2 * done[split])  # a kill may have left more than was counted
-        save(done, files, progress)  # from here on these files are this job's
+        save(done, files, progress)  # from here on these files belong to this job
         waiting = deque()
         for chunk in chunks:
-            # No further ahead than the processes need: or the tokens of a slow disk's corpus would fill the memory.
+            # A bounded queue: if the disk is slow, the tokens that wait for it must not fill the memory.
             waiting.append(pool.submit(tokens_of_chunk, chunk))
             while len(waiting) > (2 * args.processes if chunk < chunks[-1] else 0):
                 tokens, without_text, digest = waiting.popleft().result()
@@ -190,7 +187,7 @@ def tokenize(documents, job, args, out):
 
 
 def pool_of(processes, initializer, initargs):
-    # Not forked: a fork of a process with threads, such as Arrow's, can hang.
+    # Not forked: the fork of a process with threads, such as Arrow's, can hang.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(processes, context, initializer, initargs)
 
