@@ -208,11 +208,11 @@ def test_the_expert_threshold_is_the_moving_mean_of_the_smallest_weight_that_top
         smallest.append(r.amin(dim=1).mean().item())
         weights = [0.95 * w for w in weights] + [0.05]
         threshold = sum(w * s for w, s in zip(weights, smallest)) / sum(weights)  # unbiased from the first step on
-        assert torch.isclose(block.mean / block.weight, torch.tensor(threshold, dtype=torch.float64))
+        assert torch.isclose(block.mean / block.ones, torch.tensor(threshold, dtype=torch.float64))
     block.eval()
     x = inputs(B=200, seed=99)
     run(block, x, "causal")
-    assert torch.equal(block.taken, x @ block.router.weight[0] > block.mean / block.weight)
+    assert torch.equal(block.taken, x @ block.router.weight[0] > block.mean / block.ones)
     assert abs(block.taken.double().mean() - 0.25) < 0.03
     before = block.mean.clone()
     run(block, x)  # evaluation leaves it alone
