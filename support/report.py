@@ -37,8 +37,12 @@ def peak_flops(device, dtype):
     return PEAK_FLOPS[max(known, key=len)] * ranks.ranks() if known else None
 
 
+def step_of(step, max_iters):
+    return f"step {step:>{len(f'{max_iters:,}')},}/{max_iters:,}"
+
+
 def report(row, max_iters):
-    line = f"step {row['step']:>{len(f'{max_iters:,}')},}/{max_iters:,}  val loss {row['val_loss_causal']:.4f}"
+    line = f"{step_of(row['step'], max_iters)}  val loss {row['val_loss_causal']:.4f}"
     if "taken" not in row:
         return line
     line += f" causal, {row['val_loss_topk']:.4f} top-k  taken {' '.join(f'{share:.1%}' for share in row['taken'])}"
@@ -84,12 +88,16 @@ def versions(device):
 
 
 class ProgressLine:
-    """The line at the bottom of the terminal: percent, time left, loss, tokens/s and, if known, MFU."""
+    """
+    The line at the bottom of the terminal: percent, time left, loss, tokens/s and, if known, MFU. Without a terminal, as
+    in `train.py > log`, each update is a line of its own.
+    """
 
     def __init__(self, progress, max_iters, tokens_per_step, step_flops, device, dtype):
         hidden = None if ranks.is_main() else True  # None: hidden without a terminal
         self.bar = tqdm(total=max_iters, initial=progress.step, disable=hidden, unit="step", dynamic_ncols=True)
-        self.tokens_per_step, self.step_flops, self.peak = tokens_per_step, step_flops, peak_flops(device, dtype)
+        self.max_iters, self.tokens_per_step, self.step_flops = max_iters, tokens_per_step, step_flops
+        self.peak = peak_flops(device, dtype)
         self.step, self.seconds = progress.step, progress.train_seconds  # at the last update
 
     def update(self, progress, loss):
@@ -99,6 +107,8 @@ class ProgressLine:
         speed = f"{steps * self.tokens_per_step / seconds:,.0f} tokens/s{mfu}"
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
         self.bar.update(steps)
+        if self.bar.disable:
+            print(f"{step_of(progress.step, self.max_iters)}  train loss {loss:.4f}  {speed}", flush=True)
 
     def close(self):
         self.bar.close()

@@ -360,7 +360,9 @@ def test_a_full_disk_is_reported_and_training_goes_on_when_there_is_space(tiny, 
     monkeypatch.setattr(checkpoint, "save", limited)
     if 3 in full_at:  # the last evaluation of the run; it then tries once more
         full_at += (4,)
-        with pytest.raises(UserError, match="the checkpoint of step 6 could not be saved; free disk space, then --resume"):
+        with pytest.raises(
+            UserError, match="the checkpoint of step 6 could not be saved; free disk space, then --resume"
+        ):
             train.train(tiny)
         train.train(dataclasses.replace(tiny, resume=True))
     else:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,14 @@ def test_compile_compiles_and_log_interval_paces_the_progress_line(tiny, monkeyp
     assert len(updates) == 3 and "tokens/s" in updates[0] and not compiled
     run(tiny, compile="True")
     assert len(compiled) == 1
+
+
+def test_without_a_terminal_the_training_loss_is_printed_in_lines(tiny, capsys):
+    train.train(dataclasses.replace(tiny, log_interval=2))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]  # as `grep loss` finds them
+    steps = [re.match(r"step (\d)/6  (train loss \d\.\d{4}  [\d,]+ tokens/s|val loss )", line) for line in lines[:-1]]
+    assert [match[1] for match in steps] == ["0", "2", "3", "4", "6", "6"]
+    assert lines[-1].startswith("Best causal loss: ")
 
 
 def test_eval_only_gives_the_best_checkpoints_loss_and_changes_no_file(tiny, tmp_path):
