@@ -89,8 +89,8 @@ def versions(device):
 
 class ProgressLine:
     """
-    The line at the bottom of the terminal: percent, time left, loss, tokens/s and, if known, MFU. Without a terminal, as
-    in `train.py > log`, each update is a line of its own.
+    The line at the bottom of the terminal: percent, time left, loss, tokens/s and, if known, MFU. Without a terminal,
+    as in `train.py > log`, each update is a line of its own.
     """
 
     def __init__(self, progress, max_iters, tokens_per_step, step_flops, device, dtype):

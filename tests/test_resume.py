@@ -361,7 +361,7 @@ def test_a_full_disk_is_reported_and_training_goes_on_when_there_is_space(tiny, 
     if 3 in full_at:  # the last evaluation of the run; it then tries once more
         full_at += (4,)
         with pytest.raises(
-            UserError, match="the checkpoint of step 6 could not be saved; free disk space, then --resume"
+            UserError, match="of step 6 could not be saved; free disk space, then --resume"
         ):
             train.train(tiny)
         train.train(dataclasses.replace(tiny, resume=True))
