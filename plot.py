@@ -11,11 +11,12 @@ import argparse
 import glob
 import json
 import statistics
+import warnings
 from pathlib import Path
 
 from matplotlib.figure import Figure  # not pyplot, which would need a screen or change a notebook's settings
 
-from support.options import UserError, errors_in_one_line
+from support.options import UserError, errors_in_one_line, expanded
 
 AXES = {
     "flops": ("flops", "training FLOPs"),
@@ -30,13 +31,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Validation losses of several runs, in one picture and one table.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="out_dir of a run of train.py")
     parser.add_argument("--x", choices=AXES, default="flops", help="the horizontal axis (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("losses.png"), help="the picture (default: %(default)s)")
+    parser.add_argument("--out", type=expanded, default=Path("losses.png"), help="the picture (default: %(default)s)")
     args = parser.parse_args(argv)
     with errors_in_one_line("plot.py", "compare fewer runs"):
         if args.out.suffix not in (".png", ".pdf", ".svg"):
             raise UserError(f"--out is a .png, .pdf or .svg file, got {args.out}")
         # Windows shells leave patterns to the command.
-        paths = [path for pattern in args.runs for path in (sorted(glob.glob(pattern)) or [pattern])]
+        paths = [path for pattern in args.runs for path in (sorted(glob.glob(str(expanded(pattern)))) or [pattern])]
         groups = group_by_setting([read_run(path) for path in paths])
         print(table(groups))
         try:
@@ -115,22 +116,26 @@ def spread(values, form="{:.3f}"):
 
 
 def draw(groups, x, path):
-    key, label = AXES[x]
+    key, x_label = AXES[x]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     curves = []
-    for i, (name, group) in enumerate(groups):
+    for i, (_, group) in enumerate(groups):
         look = {"color": f"C{i}", "linestyle": ("-", "--", "-.", ":")[i % 4]}  # greyscale can tell them apart too
         for run in group:
             curves.append([row["val_loss_causal"] for row in run["rows"]])
-            axes.plot([row[key] for row in run["rows"]], curves[-1], **look, label=name if run is group[0] else None)
+            label = f"group {i}" if run is group[0] else None  # the name follows below
+            axes.plot([row[key] for row in run["rows"]], curves[-1], **look, label=label)
     # From the second evaluation on, because the loss before the first step would flatten the rest.
     axes.set_ylim(min(map(min, curves)) - 0.05, max(curve[:2][-1] for curve in curves) + 0.05)
-    axes.set_xlabel(label)
+    axes.set_xlabel(x_label)
     axes.set_ylabel("validation loss, causal (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    for text, (name, _) in zip(axes.legend().get_texts(), groups):
+        text.set(text=name, parse_math=False)  # a folder's name is not a formula, even with dollar signs
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is drawn as a box
+        figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

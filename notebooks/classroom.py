@@ -89,7 +89,8 @@ def routing_map(axes, taken, pieces, title, rows):
     """Draw which tokens each row (a block, expert, step or text) took, the first row on top; taken (rows, T)."""
     taken = np.asarray(taken)
     axes.pcolormesh(taken, cmap=ListedColormap(["#ececec", RED]), vmin=0, vmax=1, edgecolors="w", linewidth=1)
-    axes.set_xticks([i + 0.5 for i in range(len(pieces))], [visible(p).replace(" ", "␣") for p in pieces])
+    labels = [visible(p).replace(" ", "␣") for p in pieces]
+    axes.set_xticks([i + 0.5 for i in range(len(pieces))], labels, parse_math=False)
     axes.set_yticks([i + 0.5 for i in range(len(taken))], rows)
     axes.tick_params(length=0, labelsize=8)
     axes.invert_yaxis()

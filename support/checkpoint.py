@@ -23,7 +23,7 @@ import torch
 
 from mode import build, config_class
 from support.data import sha256_of
-from support.options import UserError
+from support.options import UserError, command, printable
 
 FORMAT = 3
 READABLE = (2, 3)  # the formats that `read` understands
@@ -65,7 +65,7 @@ def read(out_dir, name):
     if not path.is_file():
         raise UserError(
             f"no checkpoint {path}; name another folder with --out_dir, "
-            f"or train one: python train.py config/shakespeare_mod.py --out_dir={out_dir}"
+            f"or train one: {command('python', 'train.py', 'config/shakespeare_mod.py', f'--out_dir={out_dir}')}"
         )
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
@@ -136,7 +136,7 @@ def start_from(folder, model, meta):
                 w[:n] = weights[name][:n]
             elif name in weights and w.shape == weights[name].shape:  # a predictor may have another size
                 w.copy_(weights[name])
-    print(f"Starting from {folder}: step {info['step']:,} of a run on {info['data']['source']}")
+    print(f"Starting from {folder}: step {info['step']:,} of a run on {printable(info['data']['source'])}")
 
 
 def differences(before, now, names=None):

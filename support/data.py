@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from support.options import UserError
+from support.options import UserError, expanded
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SPLITS = ("train", "val")
@@ -79,6 +79,12 @@ def write(out, splits, meta):
         return commit(out, parts, meta)
 
 
+def folder_of(path):
+    """The folder that a user means: data/NAME lies in this repository, in whatever folder the command runs."""
+    path = expanded(path)
+    return DATA.parent / path if path.parts[:1] == ("data",) else path
+
+
 def sha256_of(path):
     digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
     with open(path, "rb") as file:
@@ -97,9 +103,9 @@ def load_dataset(dataset, block_size, vocab_size=0, check=True):
     dataset: a folder below data/, or the path of any folder that a prepare.py wrote. vocab_size: the model's; 0: the
     data set's. check=False as in `load`.
     """
-    folder = DATA / dataset  # an absolute path stays as it is
-    if not folder.is_dir() and Path(dataset).is_dir():
-        folder = Path(dataset)
+    folders = (DATA / dataset, folder_of(dataset))  # an absolute path stays as it is
+    found = (folder for name in ("meta.json", "prepare.py") for folder in folders if (folder / name).is_file())
+    folder = next(found, folders[0])
     if not (folder / "meta.json").is_file():
         # Run only the scripts in our data/. With --resume the name comes from a checkpoint, which may be a stranger's.
         if not (folder / "prepare.py").is_file() or folder.resolve().parent != DATA.resolve():

@@ -6,12 +6,14 @@ A token's depth is the number of routed blocks that processed it, or None if it 
 
 import io
 import re
+import warnings
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from support.checkpoint import write_whole
+from support.options import printable
 
 MARKS = ".123456789abcdefghijklmnopqrstuvwxyz"  # a sign for each depth, if there is no colour
 END_OF_LINE = "\N{PILCROW SIGN}"
@@ -29,7 +31,7 @@ class PlainPrinter:
 
     def add(self, piece, depth):
         """Print the next token's text. `depth` is its depth."""
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
 
     def close(self):
         print()
@@ -87,8 +89,8 @@ class DepthPrinter(PlainPrinter):
 
 
 def visible(piece):
-    """A token's text with signs for line ends, so that they can be coloured or marked too."""
-    return "".join(END_OF_LINE if c == "\n" else c if c.isprintable() else " " for c in piece)
+    """A token's text on one line: signs for line ends and control characters, spaces for what else cannot be seen."""
+    return "".join(c if c.isprintable() else " " for c in printable(piece.replace("\n", END_OF_LINE)))
 
 
 def style(depth, routed):
@@ -137,10 +139,13 @@ def routing_map(taken, pieces, layers, path):
         axes.pcolormesh(part, cmap=ListedColormap(["#e8e8e8", "#8c1d40"]), vmin=0, vmax=1, edgecolors="w", linewidth=1)
         axes.set_xlim(0, per_row)
         labels = [visible(piece).replace(" ", "\N{OPEN BOX}") for piece in pieces[start : start + per_row]]
-        axes.set_xticks([i + 0.5 for i in range(len(labels))], labels, rotation=0 if longest == 1 else 90)
+        rotation = 0 if longest == 1 else 90
+        axes.set_xticks([i + 0.5 for i in range(len(labels))], labels, rotation=rotation, parse_math=False)
         axes.set_yticks([i + 0.5 for i in range(len(layers))], [f"block {layer}" for layer in layers])
         axes.tick_params(length=0, labelsize=8)
         axes.tick_params(axis="x", labelfontfamily="monospace", pad=1)
         axes.spines[:].set_visible(False)
     figure.suptitle(f"Dark: the block processed the token ({taken.mean():.0%} of all). Light: the token skipped it.")
-    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower(), dpi=110))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is drawn as a box
+        write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower(), dpi=110))

@@ -12,13 +12,16 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import runpy
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
 
-CONFIG = Path(__file__).resolve().parents[1] / "config"
+ROOT = Path(__file__).resolve().parents[1]
 NANOGPT_PRESETS = {
     "train_shakespeare_char": "shakespeare_mod",
     "train_gpt2": "owt_dense_124m",
@@ -35,6 +38,9 @@ INSTEAD = {  # of options that nanoGPT or an earlier version has
     "init_from": "name the model's folder with --out_dir",  # in sample.py
     "compile": "leave it out, sampling is not compiled",
 }
+PATHS = ("out_dir", "dataset", "init_from", "model", "depth_svg", "routing_map")  # in these options ~ is expanded
+CONTROL_PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {127: 0x2421}
+CONTROL_PICTURES |= {i: rf"\x{i:x}" for i in range(128, 160)}
 
 
 class UserError(Exception):
@@ -48,10 +54,15 @@ def errors_in_one_line(script, smaller):
 
     smaller: what to do when memory runs out.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `2>&-`; printing to it would fail
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a console may not have every character; stderr escapes them already
     try:
         yield
     except (UserError, OSError) as error:  # OSError: a full disk, an unreadable file
-        sys.exit(f"{script}: {error}")
+        sys.exit(f"{script}: {printable(str(error))}")
     except (RuntimeError, MemoryError) as error:
         reason = str(error).split("\n")[0]
         # PyTorch has no error class for this on all devices, only words: of CUDA and MPS, of a CPU, for absurd sizes.
@@ -104,6 +115,21 @@ def load(options_class, argv, description, preset=False, combine=lambda preset, 
     return options_class(**combine(in_preset, given))
 
 
+def printable(text):
+    """Show control characters as pictures: raw, they could clear or recolour the terminal. Newline and tab stay."""
+    return text.translate(CONTROL_PICTURES)
+
+
+def command(*words):
+    """A command line to copy, quoted for this platform's shell."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def expanded(text):
+    """A path, with ~ for the home folder: a shell does not expand it in --name=~/path."""
+    return Path(text).expanduser()
+
+
 def field_comments(options_class):
     """The comment after each field of a dataclass, {name: text}. A redeclared field may keep its base's comment."""
     found = {}
@@ -147,13 +173,14 @@ def pick_dtype(name, device):
 
 def _read_preset(path, fields):
     """The options in a preset file, and those in its cpu part."""
-    if not Path(path).is_file():
-        presets = {p.stem: p for p in sorted(CONFIG.glob("*.py"))}
+    # config/NAME.py means ours, in whatever folder the command runs.
+    file = next((file for file in (expanded(path), ROOT / path) if file.is_file()), None)
+    if file is None:
         name = NANOGPT_PRESETS.get(Path(path).stem, Path(path).stem)
-        near = difflib.get_close_matches(name, presets, n=1)
+        near = difflib.get_close_matches(name, [preset.stem for preset in (ROOT / "config").glob("*.py")], n=1)
         raise UserError(f"no preset file {path}" + (f"; did you mean config/{near[0]}.py?" if near else ""))
     try:
-        names = runpy.run_path(str(path))
+        names = runpy.run_path(str(file))
     except (Exception, SystemExit) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path} is not a valid preset: {type(error).__name__}: {reason}") from None
@@ -184,6 +211,8 @@ def _convert(field, value, where):
             return {"true": True, "false": False}[str(value).lower()]
         if isinstance(value, str):
             value.encode("utf-8")  # it goes into JSON files, and a folder's name may be bytes that are no text
+            if field.name in PATHS and value.startswith("~"):
+                value = str(expanded(value))
         elif isinstance(value, bool) or not isinstance(value, (int, float) if field.type is float else field.type):
             raise ValueError
         return field.type(value)

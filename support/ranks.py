@@ -30,8 +30,9 @@ def joined():
     # gloo exchanges tensors on a CPU, NCCL those on a GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
-            yield
+        with open(os.devnull, "w", encoding="utf-8", errors="replace") as nowhere:
+            with contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
+                yield
     except UserError:
         if os.environ["LOCAL_RANK"] == "0":
             raise

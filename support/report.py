@@ -117,6 +117,9 @@ class ProgressLine:
 def import_wandb():
     try:
         import wandb
+
+        if not hasattr(wandb, "init"):  # an empty folder wandb/ can be imported too
+            raise ImportError
     except ImportError:
         raise UserError("--wandb needs Weights & Biases: pip install wandb") from None
     return wandb

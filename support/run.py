@@ -1,10 +1,14 @@
 """A run's folder: the lock on it, moving an earlier run aside, saving, resuming, and stopping on request."""
 
 import contextlib
+import errno
+import itertools
 import json
 import math
 import os
+import re
 import signal
+import sys
 import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -73,6 +77,10 @@ def best_loss(out_dir, step):
     return best["rows"][-1]["val_loss_causal"] if best["step"] <= step else math.inf
 
 
+LOCK, EARLIER = "run.lock", r"earlier\.\d+"  # inside an out_dir that cannot be moved
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # the errors of file systems without locks
+
+
 @contextlib.contextmanager
 def only_run_in(out_dir):
     """Lock out_dir against a second train.py. The operating system drops the lock when the process ends."""
@@ -87,16 +95,26 @@ def only_run_in(out_dir):
     for path in (folder, *folder.parents):
         if path.is_file():
             raise UserError(f"out_dir {out_dir} cannot be a folder: {path} is a file")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # The lock is beside the folder, because the folder may be moved aside; inside, if it is one that cannot be moved.
+    movable = not os.path.ismount(folder) and os.access(folder.parent, os.W_OK)
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock") if movable else folder / LOCK, timeout=0)
     try:
-        # The lock is beside the folder, because the folder may be moved aside.
-        with filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
-            yield
+        lock.acquire()
     except filelock.Timeout:
         raise UserError(f"another train.py is at work in {out_dir}; wait for it, or name another --out_dir") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"The file system of {out_dir} has no locks; make sure that no second train.py uses this folder")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def keep_earlier_run(out_dir):
-    """Make `out_dir`. If it holds an earlier run, move that folder to out_dir.1, .2, ..."""
+    """Make `out_dir`. If it holds an earlier run, move that folder to out_dir.1, .2, ..., never over anything."""
     patterns = ("config.json", "metrics.jsonl", *(f"{name}.json" for name in checkpoint.NAMES), "model-*.pt")
     found = [path.name for pattern in patterns for path in out_dir.glob(pattern)]
     if found and saved_options(out_dir) is None:
@@ -104,13 +122,27 @@ def keep_earlier_run(out_dir):
     out_dir.mkdir(parents=True, exist_ok=True)
     if found:
         folder = out_dir.resolve()  # move the folder, not a link to it: the link may lead to a larger disk
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-            number += 1
-        folder.rename(aside)  # in one move, so that a kill cannot leave half of the run behind
-        folder.mkdir()
-        shown = aside if out_dir.is_symlink() else out_dir.with_name(aside.name)
+        asides = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+        aside = next(path for path in asides if not path.exists())
+        try:
+            folder.rename(aside)  # in one move, so that a kill cannot leave half of the run behind
+        except OSError:
+            aside = move_contents(folder)
+        folder.mkdir(exist_ok=True)
+        shown = aside if out_dir.is_symlink() else out_dir.parent / aside.relative_to(folder.parent)
         print(f"{out_dir} holds an earlier run: moved to {shown} (to resume it instead: --resume)")
+
+
+def move_contents(folder):
+    """Move the contents of a folder that cannot be renamed, such as a mount point, to earlier.1, .2, ... in it."""
+    contents = [path for path in folder.iterdir() if path.name != LOCK and not re.fullmatch(EARLIER, path.name)]
+    contents.sort(key=lambda path: path.name == "config.json")  # last: after a kill, the next start moves the rest
+    asides = (folder / f"earlier.{number}" for number in itertools.count(1))
+    aside = next(aside for aside in asides if not any((aside / path.name).exists() for path in contents))
+    aside.mkdir(exist_ok=True)
+    for path in contents:
+        path.rename(aside / path.name)
+    return aside
 
 
 def load(out_dir, model, stateful, max_iters, info, defaults):
@@ -223,7 +255,8 @@ class Stop:
             return
         once_more = b"" if ranks.under_torchrun() else b". Once more: at once"
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the program that reads our output
-            os.write(2, b"\nStopping after this step" + once_more + b"\n")  # print is not safe in a signal handler
+            # print is not safe in a signal handler. Not simply 2: after `2>&-` that may be the number of another file.
+            os.write(sys.stderr.fileno(), b"\nStopping after this step" + once_more + b"\n")
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():

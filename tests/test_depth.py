@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -62,3 +63,18 @@ def test_the_routing_map_names_its_blocks_and_tokens(tmp_path, monkeypatch):
     colours = first.collections[0].to_rgba(first.collections[0].get_array()).reshape(200, 4)
     assert (colours == colours[0]).all(axis=1).tolist() == (taken[:, :100] == taken[0, 0]).flatten().tolist()
     assert f"({taken.mean():.0%} of all)" in drawn[0].get_suptitle()
+
+
+def test_dollar_signs_are_no_formulas_and_missing_glyphs_no_warnings(tmp_path):
+    taken = np.ones((1, 3), dtype=bool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        depth.routing_map(taken, ["$$", r"$\frac$", "\N{CJK UNIFIED IDEOGRAPH-6C34}"], [1], tmp_path / "map.svg")
+    assert (tmp_path / "map.svg").exists()
+
+
+def test_control_characters_never_reach_the_terminal(capsys):
+    depth.PlainPrinter().add_all(["a\x1b[2J", "\r", "\x9b\x7f", "\n\t\u6c34"], [None] * 4)
+    expected = "a\N{SYMBOL FOR ESCAPE}[2J\N{SYMBOL FOR CARRIAGE RETURN}\\x9b\N{SYMBOL FOR DELETE}\n\t\u6c34"
+    assert capsys.readouterr().out == expected
+    assert depth.visible("\x1b\n\t") == "\N{SYMBOL FOR ESCAPE}\N{PILCROW SIGN} "

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import io
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -21,7 +23,7 @@ from experiments import bench
 from helpers import ROOT, told
 from support import checkpoint
 from support import data as data_module
-from support.options import UserError
+from support.options import UserError, command, load
 
 COMMANDS = {"train": train, "sample": sample, "bench": bench, "plot": plot, "prepare": prepare}
 RUN = (
@@ -419,3 +421,65 @@ def test_an_old_command_prints_the_command_that_replaces_it(path, tmp_path):
     (line,) = done.stderr.splitlines()
     assert line.endswith(f": python -m {MOVED[path]}")
     assert not list(tmp_path.iterdir())
+
+
+# What the user's machine is like
+
+
+def test_a_console_without_these_characters_ends_no_command(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(place / "other", "\u6c34.txt")
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii", write_through=True))
+    prepare.main(["--input", "\u6c34.txt", "--out", "set"])
+    sys.stdout.reconfigure(errors="strict")
+    train.main([*RUN.split(), "--out_dir=\u6c34"])
+    sys.stdout.reconfigure(errors="strict")
+    plot.main(["\u6c34"])
+    sys.stdout.reconfigure(errors="strict")
+    sample.main(["--out_dir=\u6c34", "--device=cpu", "--max_new_tokens=3"])
+    lines = printed.getvalue().decode("ascii")
+    assert "?.txt: 1,400 characters" in lines and "?.txt: 1,260 train" in lines and "| ? | " in lines
+
+
+def test_a_closed_stderr_does_not_end_training(place, monkeypatch, tmp_path):
+    """`2>&-`"""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "stderr", None)
+    train.main([*RUN.split(), f"--out_dir={tmp_path / 'run'}"])
+    assert checkpoint.read(tmp_path / "run", "last")["step"] == 3
+
+
+def test_home_is_expanded_in_paths_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("USERPROFILE" if os.name == "nt" else "HOME", str(tmp_path))
+    config = load(train.TrainConfig, ["--out_dir=~/a", "--dataset=~/b", "--init_from=~/c", "--wandb=~d"], "")
+    expected = *(str(tmp_path / name) for name in "abc"), "~d"
+    assert (config.out_dir, config.dataset, config.init_from, config.wandb) == expected
+    config = load(sample.SampleConfig, ["--start=~", "--depth_svg=~/a.svg", "--routing_map=~/a.png"], "")
+    expected = "~", str(tmp_path / "a.svg"), str(tmp_path / "a.png")
+    assert (config.start, config.depth_svg, config.routing_map) == expected
+    shutil.copy(ROOT / "results/shakespeare_cpu/mod-1/config.json", tmp_path)
+    shutil.copy(ROOT / "results/shakespeare_cpu/mod-1/metrics.jsonl", tmp_path)
+    plot.main(["~", "--out=~/losses.png"])
+    (tmp_path / "text").write_text("to be or not to be")
+    prepare.main(["--input=~/text", "--out=~/set"])
+    assert (tmp_path / "losses.png").exists() and (tmp_path / "set" / "meta.json").exists()
+
+
+def test_a_command_to_copy_is_quoted_for_this_shell(monkeypatch):
+    words = ["train.py", "--out_dir=it's a run"]
+    quoted = []
+    for name in ("posix", "nt"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "name", name)
+            quoted.append(command(*words))
+    assert shlex.split(quoted[0]) == words and quoted[1] == 'train.py "--out_dir=it\'s a run"'
+
+
+def test_a_preset_is_found_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = load(train.TrainConfig, ["config/shakespeare_mod.py", "--device=cpu"], "", preset=True)
+    assert config.out_dir == "out-shakespeare-mod"
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "shakespeare_mod.py").write_text("out_dir = 'mine'")  # the nearer one
+    assert load(train.TrainConfig, ["config/shakespeare_mod.py"], "", preset=True).out_dir == "mine"

@@ -1,8 +1,12 @@
 """Comparing runs in one picture and one table."""
 
 import dataclasses
+import shutil
+import warnings
+from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 import plot
 import train
@@ -32,3 +36,18 @@ def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_pat
     assert "MoD 2 x 16, 2 seeds: mod-1, ..." in out and f"| {runs[2]} |" in out
     assert f"| {runs[3]} |" in out  # the same seed again is no second measurement
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_name_is_drawn_as_it_is(tiny, tmp_path, monkeypatch):
+    train.train(tiny)
+    names = ["cash$$", r"$\frac$", "_hidden", "\u6c34"]
+    for name in names:
+        shutil.copytree(tiny.out_dir, tmp_path / "runs" / name)
+    monkeypatch.chdir(tmp_path / "runs")
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot.main(names)
+    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == names
+    assert Path("losses.png").exists()

@@ -117,3 +117,15 @@ def test_train_prepares_missing_data_by_itself(tiny, tmp_path, monkeypatch):
     (tmp_path / "data" / "mine" / "prepare.py").write_text(script)
     rows, _ = run(tiny, dataset="mine")
     assert len(rows) == 3
+
+
+def test_a_data_set_is_found_from_any_folder(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "DATA", tmp_path / "repository" / "data")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "text").write_text("to be or not to be " * 40)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    prepare.main(["--input", "../text", "--out", "data/mine"])
+    assert not list(Path().iterdir())
+    assert load_dataset("mine", 8)[0] == load_dataset("data/mine", 8)[0]
+    monkeypatch.chdir(dataset)
+    assert load_dataset(".", 8)[0]["source"] == "text.txt"

@@ -1,6 +1,7 @@
 """A run that cannot be lost: killed, stopped, out of disk space or damaged, it goes on as if nothing had happened."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from helpers import ROOT, same, state_of, told
 from support import checkpoint
 from support import data as data_module
 from support import run as run_module
-from support.options import UserError, load
+from support.options import PATHS, UserError, load
 from train import TrainConfig
 
 forks = pytest.mark.skipif(sys.platform != "linux", reason="kills processes, many and therefore forked ones")
@@ -360,9 +361,7 @@ def test_a_full_disk_is_reported_and_training_goes_on_when_there_is_space(tiny, 
     monkeypatch.setattr(checkpoint, "save", limited)
     if 3 in full_at:  # the last evaluation of the run; it then tries once more
         full_at += (4,)
-        with pytest.raises(
-            UserError, match="of step 6 could not be saved; free disk space, then --resume"
-        ):
+        with pytest.raises(UserError, match="of step 6 could not be saved; free disk space, then --resume"):
             train.train(tiny)
         train.train(dataclasses.replace(tiny, resume=True))
     else:
@@ -429,6 +428,52 @@ def test_an_attempt_that_came_to_nothing_leaves_no_trace_in_the_next(tiny, capsy
     capsys.readouterr()
     train.main(argv)
     assert "Not exactly" not in capsys.readouterr().out
+
+
+def test_an_earlier_run_in_a_folder_that_cannot_be_renamed_moves_into_it(tiny, monkeypatch):
+    """A mount point, or any folder in a read-only one."""
+    out_dir, rename, moved = Path(tiny.out_dir), Path.rename, []
+
+    def only_within(self, target):
+        if self == out_dir:
+            raise OSError(16, "Device or resource busy")
+        if len(moved) == 3:  # killed once, in the middle
+            moved.append("killed")
+            raise InterruptedError
+        moved.append(self)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", only_within)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out_dir)
+    train.train(tiny)
+    files = {path.name: path.read_bytes() for path in out_dir.iterdir() if path.name != "run.lock"}
+    assert len(files) > 6 and not list(out_dir.parent.glob(".*.lock"))
+    with pytest.raises(InterruptedError):
+        train.train(tiny)
+    train.train(dataclasses.replace(tiny, seed=2))
+    assert {path.name: path.read_bytes() for path in (out_dir / "earlier.1").iterdir()} == files
+    train.train(tiny)
+    seeds = [json.loads((out_dir / name / "config.json").read_text())["config"]["seed"] for name in ("earlier.2", "")]
+    assert seeds == [2, tiny.seed] and not (out_dir / "earlier.3").exists()
+
+
+def test_in_a_read_only_folder_the_lock_lies_inside_out_dir(tiny, monkeypatch):
+    access = os.access
+    parent = Path(tiny.out_dir).parent
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != parent and access(path, mode))
+    with run_module.only_run_in(Path(tiny.out_dir)):
+        with pytest.raises(UserError, match="another train.py is at work"):
+            train.train(tiny)
+    assert [path.name for path in parent.rglob("*.lock")] == ["run.lock"]
+
+
+def test_without_locks_a_run_goes_on_and_says_so(tiny, monkeypatch, capsys):
+    def unsupported(*args, **kwargs):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(run_module.filelock.FileLock, "acquire", unsupported)
+    train.train(tiny)
+    assert capsys.readouterr().out.count("has no locks; make sure that no second train.py uses this folder\n") == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links to folders need rights there")
@@ -553,7 +598,8 @@ def test_any_option_comes_back_from_the_command_line_and_from_the_saved_config(d
     }[kind]
     value = data.draw(values)
     config = load(TrainConfig, [f"--{field.name}={value}"], "")
-    assert getattr(config, field.name) == value and type(getattr(config, field.name)) is kind
+    expected = os.path.expanduser(value) if field.name in PATHS else value
+    assert getattr(config, field.name) == expected and type(getattr(config, field.name)) is kind
     saved = json.loads(json.dumps(dataclasses.asdict(config)))
     assert TrainConfig(**saved) == config
     preset = load(TrainConfig, [], "", combine=lambda preset, given: saved)

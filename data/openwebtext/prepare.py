@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from support import data
-from support.options import UserError, errors_in_one_line
+from support.options import UserError, errors_in_one_line, expanded
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_DOCUMENTS = 8_013_769  # fewer: part of it, or a download that ended early
@@ -42,9 +42,11 @@ SAVE_EVERY = 64  # chunks between two saves
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("--input", type=Path, help="a folder of documents, or a file; default: download OpenWebText")
+    parser.add_argument(
+        "--input", type=expanded, help="a folder of documents, or a file; default: download OpenWebText"
+    )
     parser.add_argument("--column", default="text", help="the text's column in .jsonl and .parquet files (%(default)s)")
-    parser.add_argument("--out", type=Path, help="the folder to write to (OpenWebText: this script's folder)")
+    parser.add_argument("--out", type=data.folder_of, help="the folder to write to (OpenWebText: this script's folder)")
     parser.add_argument("--val_every", type=int, default=2000, help="one in this many documents is for validation")
     parser.add_argument("--seed", type=int, default=2357, help="draws the documents for validation")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="number of processes (%(default)s)")

@@ -23,7 +23,7 @@ import urllib.request
 from pathlib import Path
 
 from support import data
-from support.options import UserError, errors_in_one_line
+from support.options import UserError, errors_in_one_line, expanded
 
 HERE = Path(__file__).resolve().parent
 
@@ -41,8 +41,10 @@ def main(argv=None):
 def find_text(argv, description, home):
     """The text that the command line asks for, its source, and the folder to write to: `home` for Tiny Shakespeare."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--input", type=Path, help="a text file in UTF-8; default: download Tiny Shakespeare")
-    parser.add_argument("--out", type=Path, help="the folder to write to (for Shakespeare: this script's folder)")
+    parser.add_argument("--input", type=expanded, help="a text file in UTF-8; default: download Tiny Shakespeare")
+    parser.add_argument(
+        "--out", type=data.folder_of, help="the folder to write to (for Shakespeare: this script's folder)"
+    )
     args = parser.parse_args(argv)
     if not args.input:
         return *download(), args.out or home
