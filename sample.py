@@ -43,8 +43,6 @@ class SampleConfig:
 
 
 def main(argv=None):
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a Windows console may not know every character
     with errors_in_one_line("sample.py", "take fewer samples at once by a smaller --num_samples"):
         try:
             sample(options.load(SampleConfig, argv, __doc__.split(",")[0]))

@@ -12,7 +12,6 @@ notebook call the same function: `train(TrainConfig(...))`.
 import contextlib
 import dataclasses
 import math
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from mode import MoDEConfig, build, config_class
 from support import checkpoint, ranks, run
 from support.data import load_dataset, seed_of, training_batch
 from support.evaluation import autocast, evaluate, evaluate_checkpoint
-from support.options import UserError, at_least, errors_in_one_line, load, pick_device, pick_dtype
+from support.options import UserError, at_least, command, errors_in_one_line, load, pick_device, pick_dtype, printable
 from support.report import ProgressLine, describe, import_wandb, report, versions
 
 
@@ -116,7 +115,7 @@ def train(config):
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
     stateful = {"optimizer": optimizer, "scaler": scaler}
     tokens = " and ".join(f"{len(split):,} {name}" for name, split in data.items())
-    print(f"{meta['source']}: {tokens} tokens, a vocabulary of {meta['vocab_size']}")
+    print(f"{printable(meta['source'])}: {tokens} tokens, a vocabulary of {meta['vocab_size']}")
     print(describe(model, config.device, config.dtype, config.compile == "True"))
     print(
         f"{config.max_iters:,} steps of {tokens_per_step:,} tokens, {config.max_iters * step_flops:.3g} training FLOPs "
@@ -187,14 +186,14 @@ def train(config):
             raise UserError(f"the checkpoint of step {step:,} could not be saved; free disk space, then --resume")
         if not rows or rows[-1]["step"] < config.max_iters:
             launcher = "torchrun (with the options it had)" if ranks.under_torchrun() else "python"
-            command = f"{launcher} train.py --resume --out_dir={shlex.quote(config.out_dir)}"
-            raise KeyboardInterrupt(f"Stopped and saved at step {step:,}. Resume with: {command}")
+            resume = command("train.py", "--resume", f"--out_dir={config.out_dir}")
+            raise KeyboardInterrupt(f"Stopped and saved at step {step:,}. Resume with: {launcher} {resume}")
 
     best_row = min(rows, key=lambda row: row["val_loss_causal"])
     minutes, in_all = progress.train_seconds / 60, (time.monotonic() - started) / 60
     print(f"Best causal loss: {best_row['val_loss_causal']:.4f} at step {best_row['step']:,}.")
     print(f"{minutes:.1f} minutes of training steps; with evaluation, this command took {in_all:.1f}.")
-    print(f"Next: python sample.py --out_dir={config.out_dir}")
+    print(f"Next: {command('python', 'sample.py', f'--out_dir={config.out_dir}')}")
     return rows
 
 
