@@ -87,7 +87,7 @@ def name_of(group):
     kind = "MoD" if "taken" in group[0]["rows"][-1] else "dense"
     if config.get("n_expert") and kind == "MoD":
         kind = "MoDE" if config["staged"] or config["n_noop"] else "MoE"
-    return f"{kind} {config['n_layer']} x {config['n_embd']}, {len(group)} seeds: {Path(group[0]['name']).name}, ..."
+    return f"{kind} {config['n_layer']}×{config['n_embd']}, {len(group)} seeds: {Path(group[0]['name']).name}, ..."
 
 
 def table(groups):
