@@ -46,7 +46,7 @@ class BenchConfig(MoDEConfig):
     against: str = ""  # shape of the dense GPT, layers x width as in 1x96; empty: the same shape
     part: Literal["both", "training", "sampling"] = "both"  # what to measure
     batch_size: int = 16  # training: sequences per step; sampling is measured with batches of 1 and 16
-    new_tokens: int = 64  # sampling: tokens to generate after a prompt of block_size - new_tokens
+    new_tokens: int = 0  # sampling: tokens to generate at the end of the window; 0: a quarter of it, at most 64
     repeats: int = 10  # timed training steps, or generated texts, of each model
     warmup: int = 2  # untimed ones before them
     device: str = "auto"  # auto (the best available), cpu, cuda, mps, ...
@@ -68,6 +68,8 @@ def main(argv=None):
 
 def bench(options):
     """The results as a dict; times in seconds, *_ratio is MoD over dense, *_speedup dense time over MoD time."""
+    new_tokens = options.new_tokens or max(1, min(64, options.block_size // 4))
+    options = dataclasses.replace(options, new_tokens=new_tokens)
     for name, least in (("batch_size", 1), ("repeats", 1), ("warmup", 0), ("route_every", 1), ("new_tokens", 1)):
         if getattr(options, name) < least:
             raise UserError(f"{name} must be at least {least}, got {getattr(options, name)}")

@@ -16,8 +16,7 @@ from mode import forward_flops
 from train import TrainConfig
 
 TINY_BENCH = (
-    "--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --new_tokens=4 --repeats=3 --warmup=1 "
-    "--device=cpu".split()
+    "--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=2 --repeats=3 --warmup=1 --device=cpu".split()
 )
 
 
@@ -56,6 +55,7 @@ def test_bench_of_sampling_adds_its_figures(capsys):
     figures = json.loads(last)
     asked = "train_time_ratio train_flop_ratio decode_speedup decode_ideal_speedup cache_bytes_ratio device torch"
     assert set(asked.split()) <= figures.keys() and figures["decode_speedup"] > 0
+    assert figures["new_tokens"] == 4  # a quarter of the window
     for part in (figures, figures["batch_16"]):
         speed = {name: part[name]["tokens_per_second"] for name in ("mod", "dense")}
         assert math.isclose(part["decode_speedup"], speed["mod"] / speed["dense"], rel_tol=1e-3)
