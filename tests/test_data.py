@@ -1,4 +1,4 @@
-"""Data sets in GPT-2's tokens: the tokens, the split, and what a kill, two at once or a large corpus do to them."""
+"""Data sets in GPT-2's tokens: the tokens, the split, kills, two processes at once, large corpora."""
 
 import importlib
 import json
@@ -30,7 +30,7 @@ shakespeare = importlib.import_module("data.shakespeare.prepare")
 
 @pytest.fixture
 def tiny_encoding(monkeypatch):
-    """An encoding that needs no file: the bytes, and some pairs of them."""
+    """An encoding that needs no file: all bytes and some pairs."""
     ranks = {bytes([i]): i for i in range(256)}
     ranks |= {pair: 256 + i for i, pair in enumerate((b"th", b"the", b" a", b"\xc3\xa9", b"\n\n"))}
     encoding = tiktoken.Encoding(
@@ -42,7 +42,7 @@ def tiny_encoding(monkeypatch):
 
 @pytest.fixture
 def threads(monkeypatch):
-    """Threads instead of processes, which would not know the tiny encoding."""
+    """Use threads, because other processes would not have the tiny encoding."""
 
     def pool_of(processes, initializer, initargs):
         return ThreadPoolExecutor(processes, initializer=initializer, initargs=initargs)
@@ -64,7 +64,7 @@ def write_documents(path, texts):
 
 
 def reference(texts, encoding, val_every, seed):
-    """What prepare.py promises, one document after the other."""
+    """The expected tokens, by a plain loop over the documents."""
     splits = {"train": [], "val": []}
     for i, text in enumerate(texts):
         group, place = divmod(i, val_every)
@@ -75,7 +75,7 @@ def reference(texts, encoding, val_every, seed):
 
 
 def words(n, seed=0):
-    """n documents of the words of this project's own texts."""
+    """n documents made of words from this project's texts."""
     known = " ".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("*.py")))
     known = known.split(" ")
     rng = np.random.default_rng(seed)
@@ -117,7 +117,7 @@ def test_folders_of_text_files_and_parquet_are_read_too(tmp_path, tiny_encoding,
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode("utf-8"))
     (tmp_path / "tables").mkdir()
-    # By their paths. Line ends become \n on the way.
+    # Files are sorted by path, and line ends become \n.
     in_order = [texts[i].replace("\r\n", "\n") for i in [*range(0, 12, 2), *range(1, 12, 2)]]
     pd.write_table(pyarrow.table({"body": in_order}), tmp_path / "tables" / "a.parquet")
     for name, more in (("texts", []), ("tables", ["--column=body"])):
@@ -149,7 +149,7 @@ def test_stopped_at_any_chunk_it_ends_with_the_same_bytes(tmp_path, tiny_encodin
     assert ("Continuing after" in capsys.readouterr().out) == (at >= 2)
 
 
-def test_other_options_begin_anew(tmp_path, tiny_encoding, threads, monkeypatch):
+def test_other_options_start_over(tmp_path, tiny_encoding, threads, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setattr(openwebtext, "CHUNK", 10)
     monkeypatch.setattr(openwebtext, "SAVE_EVERY", 1)
@@ -165,7 +165,9 @@ def test_other_options_begin_anew(tmp_path, tiny_encoding, threads, monkeypatch)
 
 
 @pytest.mark.parametrize("meanwhile", ["another job", "shorter part", "damaged progress", "other text"])
-def test_what_another_job_or_a_hand_left_is_not_gone_on_with(tmp_path, tiny_encoding, threads, monkeypatch, meanwhile):
+def test_leftovers_of_another_job_or_an_edit_are_not_continued(
+    tmp_path, tiny_encoding, threads, monkeypatch, meanwhile
+):
     pytest.importorskip("datasets")
     monkeypatch.setattr(openwebtext, "CHUNK", 10)
     monkeypatch.setattr(openwebtext, "SAVE_EVERY", 2)
@@ -184,7 +186,7 @@ def test_what_another_job_or_a_hand_left_is_not_gone_on_with(tmp_path, tiny_enco
 
     monkeypatch.setattr(openwebtext, "tokens_of_chunk", until(4))
     told(openwebtext, argv)
-    if meanwhile == "another job":  # that wrote more than this one, and was stopped before it counted any of it
+    if meanwhile == "another job":  # it wrote more than this one and was stopped before its first save
         monkeypatch.setattr(openwebtext, "SAVE_EVERY", 1000)
         monkeypatch.setattr(openwebtext, "tokens_of_chunk", until(6))
         told(openwebtext, [*argv, "--val_every=5"])
@@ -200,7 +202,7 @@ def test_what_another_job_or_a_hand_left_is_not_gone_on_with(tmp_path, tiny_enco
     assert prepared(out)[0] == reference(texts, tiny_encoding, 4, 2357)
 
 
-def test_what_is_done_is_not_done_again(tmp_path, tiny_encoding, threads, monkeypatch, capsys):
+def test_a_finished_data_set_is_not_made_again(tmp_path, tiny_encoding, threads, monkeypatch, capsys):
     pytest.importorskip("datasets")
     write_documents(tmp_path / "in.jsonl", TEXTS * 5)
     argv = ["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out"), "--processes=1", "--val_every=4"]
@@ -279,7 +281,7 @@ def test_a_text_comes_back_token_by_token(tiny_encoding, text):
     assert all(
         not piece.startswith("\N{REPLACEMENT CHARACTER}") or "\N{REPLACEMENT CHARACTER}" in text for piece in pieces
     )
-    decode = tokenizer.decoder()  # a token of the padding, and half a character before another
+    decode = tokenizer.decoder()  # half a character before another one, and a padding token
     assert "".join(map(decode, (0xC3, 97, 5000))) == "\N{REPLACEMENT CHARACTER}a\N{REPLACEMENT CHARACTER}"
 
 
@@ -306,7 +308,7 @@ def test_gpt2s_encoding_is_tiktokens(real_encoding):
 
 
 def test_real_processes_give_the_tokens_of_a_plain_loop_and_the_documents_back(tmp_path, real_encoding):
-    """Of this project's own texts; CORPUS=folder of .jsonl files takes others."""
+    """On this project's texts, or with CORPUS=FOLDER on .jsonl files."""
     datasets = pytest.importorskip("datasets")
     folder = os.environ.get("CORPUS")
     texts = words(2000)
@@ -349,7 +351,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, real_enc
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_where_a_process_is_killed_it_says_so_instead_of_waiting(tmp_path, real_encoding):
+def test_a_killed_process_is_reported_and_not_waited_for(tmp_path, real_encoding):
     pytest.importorskip("datasets")
     write_documents(tmp_path / "in.jsonl", [text[:60] for text in words(50_000)])
     out = tmp_path / "out"
@@ -370,7 +372,7 @@ def test_where_a_process_is_killed_it_says_so_instead_of_waiting(tmp_path, real_
 
 
 def peak_memory(command):
-    """The most anonymous memory (no mapped files), in bytes, that a command and its processes have together."""
+    """The peak of anonymous memory (no mapped files) of a command and its processes together, in bytes."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -383,7 +385,7 @@ def peak_memory(command):
                     rollup = (folder / "smaps_rollup").read_text()
                     total += int(rollup.split("Anonymous:")[1].split()[0]) * 1024
             except (OSError, IndexError):
-                pass  # it has just ended
+                pass  # the process has just ended
         peak = max(peak, total)
         time.sleep(0.05)
     assert process.returncode == 0

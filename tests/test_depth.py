@@ -21,7 +21,7 @@ def test_depth_in_colour_is_the_same_text_with_a_background_per_depth():
     assert plain == depth.style(0, 2) == depth.style(None, 2) and len({plain, one, two}) == 3
     out = console.file.getvalue()
     assert re.sub(r"\x1b\[[\d;]*m", "", out) == "abc\N{PILCROW SIGN}\nd e\n"
-    assert out.count("\x1b[") == 6  # begun and ended: b, c and the end of the line
+    assert out.count("\x1b[") == 6  # colour on and off for b, c and the line end
 
 
 @pytest.mark.parametrize("routed", [1, 2, 6, 12])
@@ -34,7 +34,7 @@ def test_the_colours_darken_with_depth_and_the_text_on_them_can_be_read(routed):
     for d in range(1, routed + 1):
         parsed = rich.style.Style.parse(depth.style(d, routed))
         text, background = luminance(parsed.color.get_truecolor()), luminance(parsed.bgcolor.get_truecolor())
-        assert (max(text, background) + 0.05) / (min(text, background) + 0.05) > 4.5  # what WCAG asks for
+        assert (max(text, background) + 0.05) / (min(text, background) + 0.05) > 4.5  # the minimum of WCAG
         backgrounds.append(background)
     assert backgrounds == sorted(backgrounds, reverse=True) and len(set(backgrounds)) == routed
 

@@ -1,4 +1,4 @@
-"""Every mistake of a user's gets one line: what was got, what was expected, what to do. No file is changed by it."""
+"""Each mistake of a user prints one line (got, expected, what to do) and changes no file."""
 
 import dataclasses
 import hashlib
@@ -47,7 +47,7 @@ PRESETS = {
 
 
 class Code:
-    """Unpickled, it runs a command."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self):
         return (exec, ("raise SystemExit('the checkpoint ran code')",))
@@ -55,7 +55,7 @@ class Code:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, dataset):
-    """A folder with all that the mistakes below are about: runs, data sets, texts and presets, whole and damaged."""
+    """A folder with what the mistakes below need: runs, data sets, texts and presets, whole and damaged."""
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(dataset, place / "set")
     shutil.copytree(ROOT / "config", place / "config", ignore=shutil.ignore_patterns("__pycache__"))
@@ -131,7 +131,7 @@ def place(tmp_path_factory, dataset):
     return place
 
 
-# The command, its arguments ("..." stands for the options of a run that works), and what the line must say.
+# The command, its arguments ("..." stands for the options of a run that works), and part of the line.
 ROWS = [
     ("train", "... --learning_rat=1", "unknown option --learning_rat; did you mean --learning_rate?"),
     ("train", "... --qqqq=1", "unknown option --qqqq; --help lists them all"),
@@ -322,13 +322,13 @@ def argv_of(arguments):
 
 
 def files_in(place):
-    """Locks apart: an empty file beside an out_dir, which stays."""
+    """Contents of all files except locks, which stay beside an out_dir."""
     paths = (path for path in place.rglob("*") if path.suffix != ".lock")
     return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 @pytest.mark.parametrize(("command", "arguments", "message"), ROWS, ids=[f"{row[0]} {row[1]}" for row in ROWS])
-def test_a_mistake_is_told_in_one_line_and_changes_no_file(place, command, arguments, message, monkeypatch):
+def test_a_mistake_prints_one_line_and_changes_no_file(place, command, arguments, message, monkeypatch):
     monkeypatch.chdir(place)
     before = files_in(place)
     assert message in told(COMMANDS[command], argv_of(arguments))
@@ -345,7 +345,7 @@ def test_as_a_command_it_is_one_line_on_stderr_and_exit_code_1(place, row):
 
 
 def test_no_script_of_another_folder_is_run(tiny, tmp_path, monkeypatch):
-    """The data set's name may come from a stranger's checkpoint."""
+    """A data set's name may come from a stranger's checkpoint."""
     (tmp_path / "gift").mkdir()
     (tmp_path / "gift" / "prepare.py").write_text("raise SystemExit('the script ran')\n")
     (tmp_path / "data").mkdir()
@@ -355,7 +355,7 @@ def test_no_script_of_another_folder_is_run(tiny, tmp_path, monkeypatch):
         assert "no data set" in told(train, [f"--{name}={value}" for name, value in options.items()])
 
 
-def test_a_data_set_whose_preparation_fails_is_told(tiny, tmp_path, monkeypatch):
+def test_a_failed_preparation_is_reported(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(data_module, "DATA", tmp_path)
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "prepare.py").write_text("def main(argv):\n    raise SystemExit('no download worked')\n")
@@ -384,7 +384,7 @@ def test_a_mistake_in_a_notebook_is_an_exception_not_an_exit(tiny):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes into head")
-def test_a_reader_that_has_seen_enough_ends_sampling_without_a_word(place):
+def test_a_reader_that_closes_the_pipe_ends_sampling_silently(place):
     command = [sys.executable, str(ROOT / "sample.py"), "--out_dir=run", "--device=cpu", "--max_new_tokens=3000"]
     process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.read(5)
@@ -392,7 +392,7 @@ def test_a_reader_that_has_seen_enough_ends_sampling_without_a_word(place):
     assert process.stderr.read() == "" and process.wait() == 1
 
 
-def test_a_fault_of_ours_keeps_its_traceback(tiny, monkeypatch):
+def test_our_own_bugs_keep_their_traceback(tiny, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main([f"--{name}={value}" for name, value in dataclasses.asdict(tiny).items()])
@@ -423,10 +423,10 @@ def test_an_old_command_prints_the_command_that_replaces_it(path, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# What the user's machine is like
+# Consoles, paths and folders
 
 
-def test_a_console_without_these_characters_ends_no_command(place, monkeypatch, tmp_path):
+def test_a_console_that_lacks_characters_stops_no_command(place, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     shutil.copy(place / "other", "\u6c34.txt")
     printed = io.BytesIO()
@@ -450,7 +450,7 @@ def test_a_closed_stderr_does_not_end_training(place, monkeypatch, tmp_path):
     assert checkpoint.read(tmp_path / "run", "last")["step"] == 3
 
 
-def test_home_is_expanded_in_paths_alone(monkeypatch, tmp_path):
+def test_home_is_expanded_in_paths_only(monkeypatch, tmp_path):
     monkeypatch.setenv("USERPROFILE" if os.name == "nt" else "HOME", str(tmp_path))
     config = load(train.TrainConfig, ["--out_dir=~/a", "--dataset=~/b", "--init_from=~/c", "--wandb=~d"], "")
     expected = *(str(tmp_path / name) for name in "abc"), "~d"
@@ -481,5 +481,5 @@ def test_a_preset_is_found_from_any_folder(monkeypatch, tmp_path):
     config = load(train.TrainConfig, ["config/shakespeare_mod.py", "--device=cpu"], "", preset=True)
     assert config.out_dir == "out-shakespeare-mod"
     (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "shakespeare_mod.py").write_text("out_dir = 'mine'")  # the nearer one
+    (tmp_path / "config" / "shakespeare_mod.py").write_text("out_dir = 'mine'")  # a preset in this folder wins
     assert load(train.TrainConfig, ["config/shakespeare_mod.py"], "", preset=True).out_dir == "mine"

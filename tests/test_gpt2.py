@@ -1,4 +1,4 @@
-"""GPT-2's weights: converted exactly, and a start for other models."""
+"""GPT-2's weights: exact conversion, and training that starts from them or from another run."""
 
 import dataclasses
 import math
@@ -79,7 +79,7 @@ def test_without_transformers_it_says_what_to_install(monkeypatch, tmp_path):
 
 @pytest.fixture
 def dense(tiny):
-    """A dense run whose weights others start from."""
+    """A dense run, to start others from."""
     config = dataclasses.replace(tiny, route_every=0, out_dir=tiny.out_dir + "-dense", dropout=0.0)
     train.train(config)
     return config
@@ -101,7 +101,7 @@ def test_a_dense_run_starts_where_the_other_ended(dense, tiny):
 
 def test_a_routed_model_with_a_padded_vocabulary_takes_what_there_is(dense, tiny):
     before = checkpoint.load(Path(dense.out_dir), "best", "cpu")[0].state_dict()
-    options = dict(route_every=2, vocab_size=40, block_size=8)  # and, below, a predictor of another size
+    options = dict(route_every=2, vocab_size=40, block_size=8)
     random, _ = started(dense, **options, out_dir=tiny.out_dir + "-random")
     weights, _ = started(dense, **options, out_dir=tiny.out_dir, init_from=dense.out_dir)
     for name, w in weights.items():

@@ -1,4 +1,4 @@
-"""Several ranks train what one process trains: the same sequences, gradients, losses; stopped and resumed too."""
+"""Several ranks train as one process does: same sequences, gradients and losses, also when stopped and resumed."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from support import run as run_module
 from support.options import UserError
 from support.report import peak_flops
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun's rendezvous on Windows is a matter of luck")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun's rendezvous is unreliable on Windows")
 
 SCRIPT = """
 import sys
@@ -35,7 +35,7 @@ train.main(sys.argv[1:])
 
 @pytest.fixture
 def start(tmp_path):
-    """start(config, ranks, dtype) starts train.py under torchrun, or without it where ranks is 0."""
+    """start(config, ranks, dtype) starts train.py under torchrun, or without it if ranks is 0."""
     processes = []
 
     def begin(config, ranks, dtype="float32"):
@@ -83,7 +83,7 @@ def test_two_ranks_equal_two_micro_steps_of_one_process_bit_for_bit(small, start
     processes = [start(alone, 0), start(both, 2)]
     out = [finished(process) for process in processes][1]
     assert same(state_of(both), state_of(alone))
-    assert out.count("Best causal loss") == 1 and "; on 2 ranks, the first on cpu, float32" in out  # one of them prints
+    assert out.count("Best causal loss") == 1 and "; on 2 ranks, the first on cpu, float32" in out  # only one prints
 
 
 @slow
@@ -127,7 +127,7 @@ def ranks_of(process):
 
 
 def kill_all(process):
-    """torchrun and its ranks, which are not in its group."""
+    """Kill torchrun and its ranks, which are not in its process group."""
     for pid in ranks_of(process):
         os.kill(pid, signal.SIGKILL)
     process.kill()
@@ -147,9 +147,9 @@ def test_ranks_that_were_killed_or_stopped_go_on_to_the_same_end(small, start, n
     until(second, Path(stopped.out_dir), 50)
     if whom == "all":
         kill_all(second)
-    elif whom == "torchrun":  # as a scheduler or Ctrl-C does; torchrun passes it on
+    elif whom == "torchrun":  # as from a scheduler or Ctrl-C; torchrun passes it on
         second.send_signal(number)
-    else:  # they stop together
+    else:  # the ranks stop together
         os.kill(max(ranks_of(second)), number)
     out, _ = second.communicate(timeout=60)
     step = checkpoint.read(Path(stopped.out_dir), "last")["step"]
@@ -169,7 +169,9 @@ def test_on_another_number_of_ranks_a_run_goes_on_and_says_so(small, start):
     out = finished(start(longer, 0))
     assert "Not exactly the run that stopped: max_iters was 20, now 22" in out and "ranks was 2, now 1" in out
     assert checkpoint.read(Path(small.out_dir), "last")["step"] == 22
-    evaluation = dataclasses.replace(small, eval_only=True, gradient_accumulation_steps=1)  # it has no micro-steps
+    evaluation = dataclasses.replace(
+        small, eval_only=True, gradient_accumulation_steps=1
+    )  # evaluation has no micro-steps
     assert finished(start(evaluation, 2)).count("val loss") == 1
 
 
@@ -178,11 +180,11 @@ def test_micro_steps_that_cannot_be_shared_are_refused(small, start):
     out, _ = process.communicate(timeout=100)
     assert process.returncode and not Path(small.out_dir).exists()
     line = "train.py: gradient_accumulation_steps 3 cannot be shared by 2 ranks; take a multiple of 2\n"
-    assert out.count(line) == 1 and str(ROOT / "train.py") not in out  # no traceback, but for torchrun's own
+    assert out.count(line) == 1 and str(ROOT / "train.py") not in out  # no traceback except torchrun's
 
 
 @slow
-def test_what_fails_on_the_first_rank_alone_ends_the_others_too(small, start):
+def test_an_error_on_the_first_rank_ends_the_others_too(small, start):
     with run_module.only_run_in(Path(small.out_dir)):
         out, _ = start(small, 2).communicate(timeout=100)
     assert out.count("train.py: another train.py is at work in") == 1
@@ -212,7 +214,7 @@ def test_without_torchrun_there_is_one_rank():
 # float16, MFU, Weights & Biases
 
 
-def test_in_float16_an_update_that_overflows_is_left_out_and_the_scale_goes_down(tiny, monkeypatch):
+def test_in_float16_an_update_that_overflows_is_skipped_and_the_scale_halved(tiny, monkeypatch):
     config = dataclasses.replace(tiny, dtype="float16", max_iters=12, dropout=0.0, warmup_iters=0)
     scales, unscale = [], torch.amp.GradScaler.unscale_
 
@@ -271,7 +273,7 @@ def test_a_run_in_float16_resumes_with_its_scale(tiny, monkeypatch):
 SCALER = torch.amp.GradScaler
 
 
-def test_mfu_is_shown_where_the_peak_is_known_and_nowhere_else(tiny, monkeypatch):
+def test_mfu_is_shown_only_if_the_peak_is_known(tiny, monkeypatch):
     for name, peak in (
         ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
         ("Tesla T4", 65e12), ("NVIDIA GeForce GTX 1080", None), ("NVIDIA L40S", None),
@@ -285,7 +287,7 @@ def test_mfu_is_shown_where_the_peak_is_known_and_nowhere_else(tiny, monkeypatch
     monkeypatch.setattr(train.tqdm, "set_postfix_str", lambda self, line, refresh: lines.append(line))
 
     def clock():
-        seconds[0] += 0.5  # twice in a step: half a second each
+        seconds[0] += 0.5  # called twice per step, so a step takes half a second
         return seconds[0]
 
     monkeypatch.setattr(train.time, "perf_counter", clock)
@@ -305,8 +307,8 @@ def test_weights_and_biases_gets_every_evaluation_and_is_imported_only_when_aske
     assert logged == [*((row["step"], row["val_loss_causal"]) for row in rows), "finished"]
     assert begun[0]["project"] == "my-project" and begun[0]["config"]["n_layer"] == tiny.n_layer
     argv = [f"--{name}={value}" for name, value in dataclasses.asdict(called(tiny, "new", wandb="x")).items()]
-    for not_it in (None, ModuleType("wandb")):  # an import fails; an empty folder wandb/ is imported
-        monkeypatch.setitem(sys.modules, "wandb", not_it)
+    for missing in (None, ModuleType("wandb")):  # not installed; an empty folder wandb/
+        monkeypatch.setitem(sys.modules, "wandb", missing)
         assert "--wandb needs Weights & Biases: pip install wandb" in told(train, argv)
     train.train(tiny)
     assert not Path(called(tiny, "new").out_dir).exists()

@@ -34,7 +34,7 @@ def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_pat
     out = capsys.readouterr().out
     assert f"| {np.mean(losses):.3f} ± {np.std(losses, ddof=1):.3f} |" in out
     assert "MoD 2×16, 2 seeds: mod-1, ..." in out and f"| {runs[2]} |" in out
-    assert f"| {runs[3]} |" in out  # the same seed again is no second measurement
+    assert f"| {runs[3]} |" in out  # repeating a seed is not a second measurement
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,4 +1,4 @@
-"""Character data sets: any text comes back, whatever interrupts; downloads are checked."""
+"""Character data sets: every text survives, also an interrupted prepare.py; downloads are checked."""
 
 import io
 import json
