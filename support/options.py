@@ -127,7 +127,7 @@ def command(*words):
 
 def expanded(text):
     """A path, with ~ for the home folder: a shell does not expand it in --name=~/path."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # unlike Path.expanduser, it leaves ~nobody as it is
 
 
 def field_comments(options_class):
