@@ -33,7 +33,7 @@ EXPECTED = {
 @dataclass
 class ConvertConfig:
     model: str = "gpt2"  # gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the folder of a saved model
-    out_dir: str = "out-gpt2"  # folder for the checkpoint; a new one
+    out_dir: str = "out-gpt2"  # a new folder for the checkpoint
 
 
 def main(argv=None):

@@ -158,7 +158,8 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
         print(f"{damage}. Using the checkpoint before it")
     if found["data"]["sha256"] != info["data"]["sha256"]:
         raise UserError(
-            f"{out_dir} was trained on {found['data']['source']!r}, not on {info['data']['source']!r}; see --dataset"
+            f"{out_dir} was trained on {found['data']['source']!r}, not on {info['data']['source']!r}; "
+            "name its data set with --dataset"
         )
     shape = checkpoint.differences({**defaults, **found["model"]}, {**defaults, **asdict(model.config)})
     if shape:
@@ -166,9 +167,11 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
     before, now = {**defaults, **found["config"]}, info["config"]
     batch = checkpoint.differences(before, now, ("batch_size", "gradient_accumulation_steps"))
     if batch:
-        raise UserError(f"the run in {out_dir} counts its steps, tokens and FLOPs by another batch: {batch}")
+        raise UserError(f"the run in {out_dir} has other batches: {batch}. Resume with its own options")
     if found["step"] > max_iters:
-        raise UserError(f"the run in {out_dir} is at step {found['step']}, beyond max_iters {max_iters}")
+        raise UserError(
+            f"the run in {out_dir} is at step {found['step']}, beyond max_iters {max_iters}; raise --max_iters"
+        )
     print(f"Resuming {out_dir} at step {found['step']:,}")
     here = {"out_dir": now["out_dir"], "resume": now["resume"]}  # these two may differ
     changed = checkpoint.differences({**before, **here, **found["versions"]}, {**now, **info["versions"]})

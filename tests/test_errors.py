@@ -248,10 +248,14 @@ ROWS = [
     (
         "train",
         "--resume --out_dir=run --batch_size=8",
-        "counts its steps, tokens and FLOPs by another batch: batch_size was 4",
+        "has other batches: batch_size was 4, now 8. Resume with its own options",
     ),
-    ("train", "--resume --out_dir=run --max_iters=2", "is at step 3, beyond max_iters 2"),
-    ("train", "--resume --out_dir=run --dataset=other_set", "was trained on 'text.txt', not on 'other'; see --dataset"),
+    ("train", "--resume --out_dir=run --max_iters=2", "is at step 3, beyond max_iters 2; raise --max_iters"),
+    (
+        "train",
+        "--resume --out_dir=run --dataset=other_set",
+        "was trained on 'text.txt', not on 'other'; name its data set with --dataset",
+    ),
     ("train", "typo.py", "unknown option 'learning_rat'; did you mean learning_rate?"),
     ("train", "text.py", "n_layer expects a whole number in digits, got 'four'"),
     ("train", "fraction.py", "n_layer expects a whole number in digits, got 4.5"),
