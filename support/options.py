@@ -211,8 +211,8 @@ def _convert(field, value, where):
             return {"true": True, "false": False}[str(value).lower()]
         if isinstance(value, str):
             value.encode("utf-8")  # it goes into JSON files, and a folder's name may be bytes that are no text
-            if field.name in PATHS and value.startswith("~"):
-                value = str(expanded(value))
+            if field.name in PATHS:
+                value = os.path.expanduser(value)
         elif isinstance(value, bool) or not isinstance(value, (int, float) if field.type is float else field.type):
             raise ValueError
         return field.type(value)
