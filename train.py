@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mode import MoDEConfig, build, config_class
 from support import checkpoint, ranks, run
 from support.data import load_dataset, seed_of, training_batch
-from support.evaluation import autocast, evaluate, evaluate_checkpoint
+from support.evaluation import autocast, bits_per_byte, evaluate, evaluate_checkpoint
 from support.options import UserError, at_least, command, errors_in_one_line, load, pick_device, pick_dtype, printable
 from support.report import ProgressLine, describe, import_wandb, report, versions
 
@@ -160,7 +160,7 @@ def train(config):
                 row |= {"train_seconds": round(progress.train_seconds, 3), **progress.mean_losses()}
                 evaluation = evaluate(model, data["val"], config.batch_size, config.eval_iters, config.dtype, stop)
                 if evaluation is not None:  # None: asked to stop meanwhile
-                    row |= evaluation
+                    row |= evaluation | bits_per_byte(evaluation, meta)
                     if not math.isfinite(row["val_loss_causal"]):
                         raise Diverged("validation loss", row["val_loss_causal"], step)
                     rows.append(row)

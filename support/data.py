@@ -33,6 +33,13 @@ def commit(out, parts, meta):
     """
     sizes = {split: parts[split].stat().st_size // 2 for split in SPLITS}
     meta = {**meta, "tokens": sizes, "dtype": DTYPE, "sha256": {split: sha256_of(parts[split]) for split in SPLITS}}
+    if meta["tokenizer"] == "gpt2" and sizes["val"]:  # so that the loss can be given in bits per byte of text
+        encoding = gpt2_encoding()
+        lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)]
+        lengths[encoding.eot_token] = 0  # it separates documents and is no text
+        val = np.memmap(parts["val"], dtype=DTYPE, mode="r")
+        meta["val_bytes_per_token"] = float(np.array(lengths)[val].mean())
+        del val  # on Windows a mapped file cannot be moved
     temporary = parts["train"].with_name("meta.json.part")
     temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
     # After a kill in between, the hashes in meta.json do not match, and train.py refuses the data set.

@@ -1,6 +1,7 @@
 """Losses and routing figures of a model over a split."""
 
 import contextlib
+import math
 
 import numpy as np
 import torch
@@ -68,6 +69,12 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
     return result
 
 
+def bits_per_byte(figures, meta):
+    """The causal loss in bits per byte of text, for tokens that are longer than a byte; {} for characters."""
+    bytes_per_token = meta.get("val_bytes_per_token")
+    return {"bits_per_byte": figures["val_loss_causal"] / math.log(2) / bytes_per_token} if bytes_per_token else {}
+
+
 def evaluate_checkpoint(out_dir, dataset, device, dtype):
     """
     Evaluate the best checkpoint in out_dir on the validation windows of its run. Returns the row, as in metrics.jsonl,
@@ -85,7 +92,7 @@ def evaluate_checkpoint(out_dir, dataset, device, dtype):
             "name the run's data set with --dataset"
         )
     figures = evaluate(model, splits["val"], config["batch_size"], config["eval_iters"], dtype)
-    return {"step": info["step"], **figures}, config["max_iters"]
+    return {"step": info["step"], **figures, **bits_per_byte(figures, meta)}, config["max_iters"]
 
 
 def autocast(device, dtype):

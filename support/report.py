@@ -43,6 +43,8 @@ def step_of(step, max_iters):
 
 def report(row, max_iters):
     line = f"{step_of(row['step'], max_iters)}  val loss {row['val_loss_causal']:.4f}"
+    if "bits_per_byte" in row:
+        line += f" ({row['bits_per_byte']:.4f} bits per byte)"
     if "taken" not in row:
         return line
     line += f" causal, {row['val_loss_topk']:.4f} top-k  taken {' '.join(f'{share:.1%}' for share in row['taken'])}"

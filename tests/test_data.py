@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -103,6 +104,8 @@ def test_documents_become_the_tokens_that_a_plain_loop_gives(tmp_path, tiny_enco
         tokens, meta = prepared(out)
         assert tokens == reference(texts, tiny_encoding, 7, 3)
         assert (meta["job"]["documents"], meta["without_text"], meta["tokenizer"]) == (len(texts), 60, "gpt2")
+        text = tiny_encoding.decode_bytes([token for token in tokens["val"] if token != tiny_encoding.eot_token])
+        assert math.isclose(meta["val_bytes_per_token"], len(text) / len(tokens["val"]))
         assert sorted(path.name for path in out.iterdir()) == ["lock", "meta.json", "train.bin", "val.bin"]
     assert "780 documents (60 without text left out)" in capsys.readouterr().out
 
@@ -267,6 +270,8 @@ def test_shakespeare_in_these_tokens_has_the_split_of_characters(tmp_path, tiny_
     for split in ("train", "val"):
         assert tiny_encoding.decode(tokens[split]) == "".join(char_meta["vocab"][token] for token in chars[split])
     assert meta["text_sha256"] == char_meta["text_sha256"] and meta["vocab_size"] == tiny_encoding.n_vocab
+    assert math.isclose(meta["val_bytes_per_token"], len(text[-50:].encode()) / len(tokens["val"]))
+    assert "val_bytes_per_token" not in char_meta
 
 
 @hypothesis.settings(
@@ -292,8 +297,11 @@ def test_a_model_of_these_tokens_trains_and_samples(tmp_path, tiny_encoding, cap
         out_dir=str(tmp_path / "run"), dataset=str(tmp_path / "set"), device="cpu", vocab_size=300, block_size=16,
         batch_size=8, n_layer=2, n_head=2, n_embd=32, max_iters=200, eval_interval=200, learning_rate=1e-2,
     )  # fmt: skip
-    train.train(config)
-    capsys.readouterr()
+    row = train.train(config)[-1]
+    tokens, meta = prepared(tmp_path / "set")
+    nats_per_byte = row["val_loss_causal"] * len(tokens["val"]) / len(tiny_encoding.decode_bytes(tokens["val"]))
+    assert math.isclose(row["bits_per_byte"], nats_per_byte / math.log(2))
+    assert f"({row['bits_per_byte']:.4f} bits per byte)" in capsys.readouterr().out
     argv = [f"--out_dir={config.out_dir}", "--device=cpu", "--start=the caf\u00e9", "--temperature=0"]
     sample.main([*argv, "--max_new_tokens=27"])
     assert capsys.readouterr().out.startswith("the caf\u00e9, the caf\u00e9, the caf\u00e9")
