@@ -20,7 +20,7 @@ import torch
 from cache import KVCache, set_dtype, stream
 from support import checkpoint, depth, options
 from support.data import tokenizer_of
-from support.options import UserError, at_least, errors_in_one_line, pick_device, pick_dtype
+from support.options import UserError, at_least, errors_in_one_line, expanded, pick_device, pick_dtype
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "shakespeare_mod"
 
@@ -156,7 +156,7 @@ def check(config, pictures):
 def read_prompt(start):
     if not start.startswith("FILE:"):
         return start
-    path = Path(start.removeprefix("FILE:"))
+    path = expanded(start.removeprefix("FILE:"))
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:
