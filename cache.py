@@ -208,9 +208,7 @@ def generate(model, idx, max_new_tokens, **options):
 
 def set_dtype(model, dtype):
     """Store the model's weights as `dtype` for sampling, except those that decide the routing, which stay float32."""
-    model.to(dtype)
-    for module in model.modules():
-        for part in ("router", "predictor"):
-            if isinstance(getattr(module, part, None), torch.nn.Module):
-                getattr(module, part).float()
+    for name, p in model.named_parameters():
+        if ".router." not in name and ".predictor." not in name:
+            p.data = p.data.to(dtype)
     return model

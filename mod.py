@@ -424,8 +424,7 @@ def pick_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         )
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # Make the largest logit 0 first: divided by a tiny temperature it would overflow. (1e-30: not 0 in float32.)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
+    logits = logits / max(temperature, 1e-30)  # a smaller number would be 0 in float32
     if top_k > 0:
         kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
         logits = logits.masked_fill(logits < kth_best, -math.inf)

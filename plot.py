@@ -16,7 +16,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure  # not pyplot, which would need a screen or change a notebook's settings
 
-from support.options import UserError, errors_in_one_line, expanded
+from support.options import UserError, errors_in_one_line, expanded, printable
 
 AXES = {
     "flops": ("flops", "training FLOPs"),
@@ -34,7 +34,7 @@ def main(argv=None):
     parser.add_argument("--out", type=expanded, default=Path("losses.png"), help="the picture (default: %(default)s)")
     args = parser.parse_args(argv)
     with errors_in_one_line("plot.py", "compare fewer runs"):
-        if args.out.suffix not in (".png", ".pdf", ".svg"):
+        if args.out.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise UserError(f"--out is a .png, .pdf or .svg file, got {args.out}")
         # Windows shells leave patterns to the command.
         paths = [path for pattern in args.runs for path in (sorted(glob.glob(str(expanded(pattern)))) or [pattern])]
@@ -56,7 +56,7 @@ def read_run(name):
         [(row["val_loss_causal"], row["val_loss_topk"], row["flops"]) for row in (rows[0], rows[-1])]
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"{path} is not the out_dir of a run: it needs config.json and metrics.jsonl") from None
-    return {"name": str(name), "facts": facts, "config": facts["config"], "rows": rows}
+    return {"name": printable(str(name)), "facts": facts, "config": facts["config"], "rows": rows}
 
 
 def group_by_setting(runs):
@@ -64,7 +64,7 @@ def group_by_setting(runs):
     by_setting = {}
     for run in runs:
         config = run["config"]
-        ignored = {"seed", "out_dir", "dataset"}
+        ignored = {"seed", "out_dir", "dataset", "resume"}
         # Options without effect: in a dense model, without experts, and where experts replace the routing over depth.
         if not config["route_every"]:
             ignored |= OF_ROUTING

@@ -58,7 +58,7 @@ def load(out_dir=PRETRAINED, device="auto"):
     `encode` (text to a list of token ids) and `decode` (token ids to text). Without out_dir, the small model that comes
     with the repository. Raises UserError for a folder without a whole checkpoint.
     """
-    model, info = checkpoint.load(Path(out_dir), "best", pick_device(device))
+    model, info = checkpoint.load(expanded(out_dir), "best", pick_device(device))
     return model, tokenizer_of(info["data"])
 
 

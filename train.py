@@ -12,6 +12,7 @@ notebook call the same function: `train(TrainConfig(...))`.
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -280,11 +281,16 @@ class Diverged(UserError):
 
 
 def options_of_the_run(preset, given):
-    """The options to use: on --resume, those of the run in place of the preset's, of which only out_dir counts."""
-    if not given.get("resume"):
+    """
+    The options to use. With --resume or --eval_only these are the run's own, changed by the command line; of a preset
+    only out_dir counts then.
+    """
+    if not (given.get("resume") or given.get("eval_only")):
         return {**preset, **given}
     out_dir = {**preset, **given}.get("out_dir", TrainConfig.out_dir)
     saved = run.saved_options(Path(out_dir))
+    if saved is None and not given.get("resume"):
+        return {**given, "out_dir": out_dir}
     if saved is None:
         runs = sorted(str(path.parent) for path in Path().glob("*/config.json") if run.saved_options(path.parent))
         advice = f"one of {', '.join(runs)}" if runs else "or start a run without --resume"
@@ -310,6 +316,11 @@ def resolve(config):
     hint = in_nanogpt.get(config.init_from.split("-")[0])
     if hint and not Path(config.init_from).is_dir():
         raise UserError(f"init_from is the folder of a model; for {config.init_from}, {hint}")
+    if config.variant == "no_gate" and ranks.ranks() > 1:
+        raise UserError(
+            "variant no_gate leaves routers without a gradient, which several ranks cannot exchange; use one"
+        )
+    paths = {name: os.path.expanduser(getattr(config, name)) for name in ("out_dir", "dataset", "init_from")}
     device = ranks.device(pick_device(config.device))
     if config.gradient_accumulation_steps % ranks.ranks() and not config.eval_only:
         raise UserError(
@@ -321,7 +332,7 @@ def resolve(config):
     compiled = config.compile
     if compiled == "auto":  # elsewhere it needs a C++ compiler or gains little
         compiled = str(device.startswith("cuda") and sys.platform == "linux")
-    return dataclasses.replace(config, device=device, dtype=pick_dtype(config.dtype, device), compile=compiled)
+    return dataclasses.replace(config, **paths, device=device, dtype=pick_dtype(config.dtype, device), compile=compiled)
 
 
 def model_config(config, meta):

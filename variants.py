@@ -98,7 +98,7 @@ class Position(Control):
         return (taken - positions[1:] / (block_size + 1)).float()
 
     def scores(self, r):
-        return self.logits  # the rule: `forward` has just computed it
+        return self.rule[: r.size(1)].expand_as(r)
 
 
 # Other blocks, capacities and causal rules

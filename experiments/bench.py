@@ -119,7 +119,6 @@ def in_turn(measure, options):
 
 def clocked(work, device):
     """The seconds that work() takes, and its result."""
-
     device = torch.device(device)
     wait = (lambda: None) if device.type == "cpu" else lambda: torch.accelerator.synchronize(device)
     wait()  # a GPU computes while Python continues

@@ -417,7 +417,7 @@ WHERE = {  # headings of results/README.md
 }
 CLAIMS = (
     ("1. At equal training FLOPs the best MoD is at or below the best dense GPT", "up to 1.5% below", "isoflop full"),
-    ("2. The best MoD has more parameters than the best dense GPT", "more", "isoflop full"),
+    ("2. The best MoD has more parameters than the best dense GPT, at no more FLOPs per pass", "more", "isoflop full"),
     ("3. A MoD with fewer FLOPs per forward pass matches the best dense GPT", "up to 50% fewer", "isoflop full"),
     ("4. A MoD of the best dense GPT's size is as good, and faster", "upwards of 60% faster", "isoflop full"),
     ("5. 12.5% in every other block is best; stochastic routing fails", "yes; drastically worse", "isoflop laptop"),
@@ -446,12 +446,12 @@ def claims(models, learned, timed):
     ]
     rows = [[*claim[:2], *result, f"`experiments.{claim[2]}`"] for claim, result in zip(CLAIMS, ours)]
     short_rows = [
-        [claim, verdict, f"[{command}](results/README.md#{WHERE[command]})"]
+        [claim, f"[{verdict}](results/README.md#{WHERE[command]})"]
         for (claim, _, command), (_, verdict) in zip(CLAIMS, ours)
     ]
     return (
         markdown(":claim | :paper | :here | :verdict | :command", rows),
-        markdown(":claim | :verdict | :runs of", short_rows),
+        markdown(":claim | :verdict", short_rows),
     )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support.options import UserError
+from support.options import UserError, expanded
 
 SEEDS = (1, 2, 3, 4)  # the first one chooses learning rates, and which models get the others
 FRESH = (5, 6, 7, 8, 9, 10)  # of the models in the final comparison, trained when all choices are made
@@ -147,6 +147,6 @@ def arguments(description, sets, results):
     """A parser for the options that all experiments share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("set", choices=[*sets, "draw"], help="what to run; draw: draw and print the finished runs")
-    parser.add_argument("--results", type=Path, default=Path(results), help="folder of runs.jsonl (%(default)s)")
+    parser.add_argument("--results", type=expanded, default=Path(results), help="folder of runs.jsonl (%(default)s)")
     parser.add_argument("--jobs", type=int, default=torch.get_num_threads(), help="runs at once (%(default)s)")
     return parser

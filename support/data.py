@@ -87,9 +87,9 @@ def write(out, splits, meta):
 
 
 def folder_of(path):
-    """The folder that a user means: data/NAME lies in this repository, in whatever folder the command runs."""
-    path = expanded(path)
-    return DATA.parent / path if path.parts[:1] == ("data",) else path
+    """The folder that a user means: data/NAME lies in this repository, whatever folder the command runs in."""
+    in_repository = str(path).replace("\\", "/").startswith("data/")  # ./data/NAME does not
+    return DATA.parent / path if in_repository else expanded(path)
 
 
 def sha256_of(path):

@@ -69,7 +69,7 @@ def errors_in_one_line(script, smaller):
         words = ("out of memory", "alloc_cpu", "Storage size calculation overflowed")
         if not (isinstance(error, MemoryError) or any(part in reason for part in words)):
             raise
-        sys.exit(f"{script}: out of memory ({reason}); {smaller}")
+        sys.exit(f"{script}: out of memory{f' ({reason})' if reason else ''}; {smaller}")
     except KeyboardInterrupt as stopped:
         if str(stopped):
             with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the program that reads our output
@@ -111,7 +111,8 @@ def load(options_class, argv, description, preset=False, combine=lambda preset, 
         in_preset |= in_cpu_part
         shown = {name: value for name, value in in_cpu_part.items() if name not in given}
         smaller = ", ".join(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in shown.items())
-        print(f"On a CPU {path} switches to {smaller}")
+        if shown:
+            print(f"On a CPU {path} switches to {smaller}")
     return options_class(**combine(in_preset, given))
 
 
@@ -122,7 +123,7 @@ def printable(text):
 
 def command(*words):
     """A command line to copy, quoted for this platform's shell."""
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    return printable(subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words))
 
 
 def expanded(text):
@@ -139,10 +140,10 @@ def field_comments(options_class):
 
 
 def at_least(least, options, names):
-    """Check that the options in `names`, a text, are finite numbers and not below `least`. Raises UserError."""
+    """Check that the options in `names`, a text, are numbers from `least` to 2**53. Raises UserError."""
     for name in names.split():
-        if not least <= getattr(options, name) < 2**63:
-            raise UserError(f"{name} must be a finite number, at least {least}; got {getattr(options, name)}")
+        if not least <= getattr(options, name) <= 2**53:
+            raise UserError(f"{name} must be a number from {least} to 2**53, got {getattr(options, name)}")
 
 
 def pick_device(name):

@@ -1,8 +1,10 @@
 """The lines that a run prints: its model, its progress, its evaluations."""
 
+import contextlib
 import dataclasses
 import platform
 import re
+import sys
 
 import numpy as np
 import torch
@@ -109,8 +111,11 @@ class ProgressLine:
         speed = f"{steps * self.tokens_per_step / seconds:,.0f} tokens/s{mfu}"
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
         self.bar.update(steps)
-        if self.bar.disable:
-            print(f"{step_of(progress.step, self.max_iters)}  train loss {loss:.4f}  {speed}", flush=True)
+        if ranks.is_main() and (self.bar.disable or not sys.stdout.isatty()):
+            with contextlib.suppress(
+                OSError
+            ):  # the Ctrl-C that stops us may have ended the program that reads our lines
+                print(f"{step_of(progress.step, self.max_iters)}  train loss {loss:.4f}  {speed}", flush=True)
 
     def close(self):
         self.bar.close()

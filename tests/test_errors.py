@@ -170,6 +170,8 @@ ROWS = [
     ("train", "config/train_gpt2.py", "did you mean config/owt_dense_124m.py?"),
     ("train", "shakespeare_mod.py", "did you mean config/shakespeare_mod.py?"),
     ("train", "shakespeare_mod", "did you mean config/shakespeare_mod.py?"),
+    ("train", f"... --gradient_accumulation_steps={10**18}", "must be a number from 1 to 2**53, got 1000"),
+    ("sample", f"--out_dir=run --num_samples={10**15}", "sample.py: out of memory; take fewer samples"),
     ("train", f"... --n_embd={10**18}", "train.py: out of memory (Storage size"),
     ("train", "... --init_from=resume", "init_from is the folder of a model; for resume, use --resume"),
     ("train", "... --init_from=scratch", "for scratch, leave it out"),
@@ -194,9 +196,9 @@ ROWS = [
     ("train", "... --n_head=5", "n_embd must be a multiple of n_head, got 16 and 5; 15 would work"),
     ("train", "... --dropout=1", "dropout is a probability in [0, 1), got 1"),
     ("train", "... --route_every=-1", "route_every is 0 (no block is routed), 1 (every block), 2, ...; got -1"),
-    ("train", "... --batch_size=0", "batch_size must be a finite number, at least 1; got 0"),
-    ("train", "... --learning_rate=nan", "learning_rate must be a finite number, at least 0; got nan"),
-    ("train", "... --seed=18446744073709551616", "seed must be a finite number, at least 0; got 18446744073709551616"),
+    ("train", "... --batch_size=0", "batch_size must be a number from 1 to 2**53, got 0"),
+    ("train", "... --learning_rate=nan", "learning_rate must be a number from 0 to 2**53, got nan"),
+    ("train", "... --seed=18446744073709551616", "seed must be a number from 0 to 2**53, got 18446744073709551616"),
     ("train", "... --beta2=1", "beta2 must be in [0, 1), got 1.0"),
     ("train", "... --max_iters=0", "set the length of the run with --max_iters or --flop_budget"),
     ("train", "... --flop_budget=1", "flop_budget 1 is less than one step, which costs"),
@@ -272,8 +274,8 @@ ROWS = [
     ("sample", "--out_dir=run --start=Q#a", "does not know ['#', 'Q'] in the prompt; it knows '\\n abc"),
     ("sample", "--out_dir=run --start=FILE:none", "cannot read the prompt file none"),
     ("sample", "--out_dir=run --start=FILE:latin", "the prompt file latin is not UTF-8; convert it first"),
-    ("sample", "--out_dir=run --temperature=-1", "temperature must be a finite number, at least 0; got -1.0"),
-    ("sample", "--out_dir=run --num_samples=0", "num_samples must be a finite number, at least 1; got 0"),
+    ("sample", "--out_dir=run --temperature=-1", "temperature must be a number from 0 to 2**53, got -1.0"),
+    ("sample", "--out_dir=run --num_samples=0", "num_samples must be a number from 1 to 2**53, got 0"),
     ("sample", "--out_dir=run --top_p=0", "top_p is a probability in (0, 1], got 0"),
     ("sample", "--out_dir=run --device=tpu9", "device 'tpu9' cannot be used here"),
     (
@@ -452,6 +454,18 @@ def test_a_closed_stderr_does_not_end_training(place, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stderr", None)
     train.main([*RUN.split(), f"--out_dir={tmp_path / 'run'}"])
     assert checkpoint.read(tmp_path / "run", "last")["step"] == 3
+
+
+def test_control_characters_in_names_never_reach_the_terminal(place, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = "red\x1b[31m"
+    shutil.copy(place / "other", name)
+    prepare.main(["--input", name, "--out", "set"])
+    train.main([*RUN.split(), f"--out_dir={name}-run"])
+    train.main([*RUN.split(), f"--init_from={name}-run"])
+    plot.main([f"{name}-run"])
+    printed = capsys.readouterr().out + told(train, [*RUN.split(), f"--dataset={name}-none"])
+    assert printed.count("red\N{SYMBOL FOR ESCAPE}[31m") >= 6 and "\x1b" not in printed
 
 
 def test_home_is_expanded_in_paths_only(monkeypatch, tmp_path):

@@ -275,7 +275,7 @@ def test_a_run_reports_the_half_on_which_nothing_is_chosen_and_is_the_same_when_
 
 
 def test_a_run_that_diverges_is_a_line_without_losses(tmp_path, dataset):
-    row = isoflop.execute(isoflop.Run(2e9, 2, 32, 2, learning_rate=1e18), tmp_path / "a", dataset, "cpu")
+    row = isoflop.execute(isoflop.Run(2e9, 2, 32, 2, learning_rate=1e15), tmp_path / "a", dataset, "cpu")
     assert row["choose"] is None and row["report"] is None
 
 

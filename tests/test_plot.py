@@ -17,6 +17,7 @@ def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_pat
     for seed in (1, 2):
         rows = train.train(dataclasses.replace(tiny, seed=seed, out_dir=str(tmp_path / f"mod-{seed}")))
         losses.append(rows[-1]["val_loss_causal"])
+    train.train(dataclasses.replace(tiny, seed=2, out_dir=str(tmp_path / "mod-2"), resume=True))  # no other setting
     train.train(dataclasses.replace(tiny, route_every=0, out_dir=str(tmp_path / "dense")))
     train.train(dataclasses.replace(tiny, seed=1, out_dir=str(tmp_path / "mod-1-again")))
     capsys.readouterr()

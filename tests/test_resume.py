@@ -483,12 +483,13 @@ def test_ctrl_c_saves_also_after_the_reader_has_closed_the_pipe(tiny):
         "    return original(step, config)\n"
         "train.learning_rate_at = at\ntrain.main(sys.argv[1:])\n"
     )
-    argv = [f"--{name}={value}" for name, value in dataclasses.asdict(tiny).items()]
+    options = {**dataclasses.asdict(tiny), "log_interval": 1}  # so that a line is due between the signal and the save
+    argv = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-u", "-c", script, *argv]
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    while "step 3/6" not in process.stdout.readline():
+    while "step 4/6" not in process.stdout.readline():
         assert process.poll() is None
     process.stdout.close()
     process.stdin.write("\n")

@@ -243,13 +243,15 @@ def test_without_a_terminal_the_training_loss_is_printed_in_lines(tiny, capsys):
     assert lines[-1].startswith("Best causal loss: ")
 
 
-def test_eval_only_gives_the_best_checkpoints_loss_and_changes_no_file(tiny, tmp_path):
+def test_eval_only_gives_the_best_checkpoints_loss_and_changes_no_file(tiny, tmp_path, capsys):
     rows = train.train(tiny)
     before = {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()}
     # The shape and the windows are the run's, whatever the options say.
     (row,) = train.train(TrainConfig(eval_only=True, out_dir=tiny.out_dir, dataset=tiny.dataset, device="cpu"))
     assert row["val_loss_causal"] == min(row["val_loss_causal"] for row in rows)
     assert {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()} == before
+    train.main(["--eval_only", f"--out_dir={tiny.out_dir}"])  # the data set is the run's too
+    assert f"val loss {row['val_loss_causal']:.4f}" in capsys.readouterr().out.splitlines()[-1]
     (tmp_path / "text").write_text("0123456789" * 50)
     prepare.main(["--input", str(tmp_path / "text"), "--out", str(tmp_path / "other")])
     with pytest.raises(
