@@ -173,7 +173,36 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-# Tokenizers
+# Text and tokenizers
+
+
+def text_of(raw, where):
+    """
+    The text in a file's bytes, which are UTF-8. A byte order mark at the start is dropped, each line end becomes \\n.
+
+    where: names the file, for the UserError that bytes of another kind raise.
+    """
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{where} is in UTF-16; convert it to UTF-8 first")
+    try:
+        text = raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 (byte {error.start}: {error.reason}); convert it first") from None
+    return valid(text.replace("\r\n", "\n").replace("\r", "\n"), where)
+
+
+def valid(text, where):
+    """The same text. Raises UserError for what no text holds: a NUL character, or half of a surrogate pair."""
+    if "\0" in text:
+        raise UserError(
+            f"{where} holds a NUL character (character {text.index(chr(0)):,}), so it may be UTF-16 or no text at all; "
+            "convert it to UTF-8 or remove the NULs"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} holds half of a surrogate pair, {text[error.start]!r}; remove it") from None
+    return text
 
 
 class Tokenizer:
