@@ -222,9 +222,12 @@ class CharTokenizer(Tokenizer):
         self.default_prompt = [self.ids.get("\n", 0)]
 
     def encode(self, text):
-        unknown = sorted(set(text) - set(self.vocab))
-        if unknown:
-            raise UserError(f"the model does not know {unknown} in the prompt; it knows {''.join(self.vocab)!r}")
+        unknown = sorted(set(text) - self.ids.keys())
+        if unknown:  # a vocabulary may have thousands of characters, too many for an error line
+            others = f" and {len(unknown) - 8:,} more" if len(unknown) > 8 else ""
+            rest = f" and {len(self.vocab) - 99:,} more" if len(self.vocab) > 99 else ""
+            known = f"{''.join(self.vocab[:99])!r}{rest}"
+            raise UserError(f"the model does not know {unknown[:8]}{others} in the prompt; it knows {known}")
         return [self.ids[character] for character in text]
 
     def decoder(self):

@@ -79,6 +79,17 @@ def test_a_file_that_is_no_text_is_refused_by_its_name(tmp_path, kind):
     assert str(refusal.value).startswith(f"the prompt file {path} {message}")
 
 
+@pytest.mark.parametrize("size", [3, 99, 20_000])
+def test_unknown_characters_of_a_prompt_fit_into_a_line(size):
+    tokenizer = data_module.CharTokenizer([chr(0x4E00 + i) for i in range(size)])
+    for prompt, unknown in (("a", "['a'] in"), ("".join(map(chr, range(33, 97))), "'('] and 56 more in")):
+        with pytest.raises(UserError) as refusal:
+            tokenizer.encode(prompt)
+        line = str(refusal.value)
+        assert unknown in line and ("and 19,901 more" in line) == (size == 20_000) and len(line) < 300
+        assert "".join(tokenizer.vocab[:99]) in line
+
+
 def test_an_interrupted_prepare_leaves_the_old_set_or_none(tmp_path, dataset, monkeypatch):
     for name in ("meta.json", "train.bin", "val.bin"):
         (tmp_path / name).write_bytes((dataset / name).read_bytes())
