@@ -188,21 +188,12 @@ def text_of(raw, where):
         text = raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 (byte {error.start}: {error.reason}); convert it first") from None
-    return valid(text.replace("\r\n", "\n").replace("\r", "\n"), where)
-
-
-def valid(text, where):
-    """The same text. Raises UserError for what no text holds: a NUL character, or half of a surrogate pair."""
     if "\0" in text:
         raise UserError(
             f"{where} holds a NUL character (character {text.index(chr(0)):,}), so it may be UTF-16 or no text at all; "
             "convert it to UTF-8 or remove the NULs"
         )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} holds half of a surrogate pair, {text[error.start]!r}; remove it") from None
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class Tokenizer:
