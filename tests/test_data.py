@@ -225,12 +225,16 @@ def test_mistakes(tmp_path, tiny_encoding, threads, monkeypatch):
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
     write_documents(tmp_path / "numbers.jsonl", [1, 2])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    for name in ("a.gz", *(f"a{i}" for i in range(200))):
+        (tmp_path / "other" / name).touch()
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
         ("--input in", "name a folder for documents of your own, such as --out data/my_set"),
         ("--input none --out new", "no folder or file none"),
         ("--input mixed --out new", "must hold files of one kind, .jsonl, .parquet or .txt; mixed holds .jsonl, .txt"),
         ("--input empty --out new", "empty holds no file"),
+        ("--input other --out new", "other holds .gz, a0, a1, a10, a100, a101, a102, a103"),
         ("--input broken.jsonl --out new", "prepare.py: broken.jsonl, line 2 is not JSON (Expecting value)"),
         (
             "--input numbers.jsonl --out new",
@@ -240,7 +244,8 @@ def test_mistakes(tmp_path, tiny_encoding, threads, monkeypatch):
         ("--input in --out new --val_every=1", "--val_every must be at least 2, got 1"),
         ("--input in --out new --processes=0", "--processes must be at least 1, got 0"),
     ):
-        assert message in told(openwebtext, arguments.split()), arguments
+        line = told(openwebtext, arguments.split())
+        assert message in line and len(line) < 300, arguments
         assert not (tmp_path / "new").exists()
     assert "in has 13 documents, too few for --val_every=" in told(
         openwebtext, "--input in --out new --val_every=1000000000 --processes=1".split()

@@ -120,7 +120,7 @@ def load_documents(path, column):
     files, left_out = reading.find_files(path) if path.is_dir() else ([path], [])
     kinds = {file.suffix.lower() for file in files}
     if len(kinds) != 1 or not kinds <= reading.ROWS.keys():
-        found = ", ".join(sorted({file.suffix or file.name for file in files or left_out})) or "no file"
+        found = ", ".join(sorted({file.suffix or file.name for file in files or left_out})[:8]) or "no file"
         raise UserError(f"--input must hold files of one kind, .jsonl, .parquet or .txt; {path} holds {found}")
     names = [str(file.relative_to(path)) for file in left_out[:8]] + ["..."] * (len(left_out) > 8)
     note = f"Files taken: {len(files):,}" + (f"; left out: {len(left_out):,} ({', '.join(names)})" if names else "")
