@@ -428,13 +428,14 @@ def test_of_tables_only_the_texts_column_is_read(tmp_path, tiny_encoding, thread
     files = [
         table(text=(["a", None], pyarrow.string()), id=([1, 2],)),
         table(id=(["x"],), text=(["b"], pyarrow.large_string())),
+        table(text=(["b"],), when=([2**62], pyarrow.timestamp("us"))),  # a year that Python does not have
         table(text=(["c", "c"], pyarrow.dictionary(pyarrow.int8(), pyarrow.string()))),
         table(text=([None], pyarrow.null()), id=([[1]],)),
         table(text=(["d", ""], pyarrow.string_view())),
     ]
-    check_documents(tmp_path, tiny_encoding, files[:3], ".parquet", ["a", None, "b", "c", "c"])
+    check_documents(tmp_path, tiny_encoding, files[:4], ".parquet", ["a", None, "b", "b", "c", "c"])
     (tmp_path / "more").mkdir()
-    check_documents(tmp_path / "more", tiny_encoding, files[3:] + files[:1], ".parquet", [None, "d", "", "a", None])
+    check_documents(tmp_path / "more", tiny_encoding, files[4:] + files[:1], ".parquet", [None, "d", "", "a", None])
 
 
 def test_a_bad_table_is_refused_by_its_file_and_row(tmp_path, tiny_encoding, monkeypatch):
