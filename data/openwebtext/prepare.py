@@ -124,7 +124,8 @@ def load_documents(path, column):
         raise UserError(f"--input must hold files of one kind, .jsonl, .parquet or .txt; {path} holds {found}")
     names = [str(file.relative_to(path)) for file in left_out[:8]] + ["..."] * (len(left_out) > 8)
     note = f"Files taken: {len(files):,}" + (f"; left out: {len(left_out):,} ({', '.join(names)})" if names else "")
-    print(note)
+    if left_out:
+        print(note)  # also before hours of work
     stats = [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     fingerprint = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     code = tuple(data.sha256_of(module.__file__) for module in (reading, data))  # or the cache outlives its rules
