@@ -10,6 +10,7 @@ Runs that differ only in the seed share a colour, and the table gives their mean
 import argparse
 import glob
 import json
+import os
 import statistics
 import warnings
 from pathlib import Path
@@ -36,15 +37,18 @@ def main(argv=None):
     with errors_in_one_line("plot.py", "compare fewer runs"):
         if args.out.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise UserError(f"--out is a .png, .pdf or .svg file, got {args.out}")
-        # Windows shells leave patterns to the command.
-        paths = [path for pattern in args.runs for path in (sorted(glob.glob(str(expanded(pattern)))) or [pattern])]
-        groups = group_by_setting([read_run(path) for path in paths])
+        groups = group_by_setting([read_run(path) for name in args.runs for path in matching(str(expanded(name)))])
         print(table(groups))
         try:
             draw(groups, args.x, args.out)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot write the picture {args.out}: {error}") from None
         print(f"\nPicture: {args.out}")
+
+
+def matching(name):
+    """The paths that a pattern matches, because Windows's shells leave patterns to the command; or the path itself."""
+    return [name] if os.path.lexists(name) else sorted(glob.glob(name)) or [name]
 
 
 def read_run(name):

@@ -19,7 +19,7 @@ import torch
 
 from cache import KVCache, set_dtype, stream
 from support import checkpoint, depth, options
-from support.data import tokenizer_of
+from support.data import text_of, tokenizer_of
 from support.options import UserError, at_least, errors_in_one_line, expanded, pick_device, pick_dtype
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "shakespeare_mod"
@@ -158,11 +158,9 @@ def read_prompt(start):
         return start
     path = expanded(start.removeprefix("FILE:"))
     try:
-        return path.read_bytes().decode("utf-8")
+        return text_of(path.read_bytes(), f"the prompt file {path}")
     except OSError as error:
         raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"the prompt file {path} is not UTF-8; convert it first") from None
 
 
 if __name__ == "__main__":

@@ -173,7 +173,27 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-# Tokenizers
+# Text and tokenizers
+
+
+def text_of(raw, where):
+    """
+    The text in a file's bytes, which are UTF-8. A byte order mark at the start is dropped, each line end becomes \\n.
+
+    where: names the file, for the UserError that bytes of another kind raise.
+    """
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{where} is in UTF-16; convert it to UTF-8 first")
+    try:
+        text = raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 (byte {error.start}: {error.reason}); convert it first") from None
+    if "\0" in text:
+        raise UserError(
+            f"{where} holds a NUL character (character {text.index(chr(0)):,}), so it may be UTF-16 or no text at all; "
+            "convert it to UTF-8 or remove the NULs"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class Tokenizer:
@@ -193,9 +213,12 @@ class CharTokenizer(Tokenizer):
         self.default_prompt = [self.ids.get("\n", 0)]
 
     def encode(self, text):
-        unknown = sorted(set(text) - set(self.vocab))
-        if unknown:
-            raise UserError(f"the model does not know {unknown} in the prompt; it knows {''.join(self.vocab)!r}")
+        unknown = sorted(set(text) - self.ids.keys())
+        if unknown:  # a vocabulary may have thousands of characters, too many for an error line
+            others = f" and {len(unknown) - 8:,} more" if len(unknown) > 8 else ""
+            rest = f" and {len(self.vocab) - 99:,} more" if len(self.vocab) > 99 else ""
+            known = f"{''.join(self.vocab[:99])!r}{rest}"
+            raise UserError(f"the model does not know {unknown[:8]}{others} in the prompt; it knows {known}")
         return [self.ids[character] for character in text]
 
     def decoder(self):

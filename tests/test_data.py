@@ -1,5 +1,6 @@
 """Data sets in GPT-2's tokens: the tokens, the split, kills, two processes at once, large corpora."""
 
+import codecs
 import importlib
 import json
 import math
@@ -224,19 +225,27 @@ def test_mistakes(tmp_path, tiny_encoding, threads, monkeypatch):
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
     write_documents(tmp_path / "numbers.jsonl", [1, 2])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    for name in ("a.gz", *(f"a{i}" for i in range(200))):
+        (tmp_path / "other" / name).touch()
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
         ("--input in", "name a folder for documents of your own, such as --out data/my_set"),
         ("--input none --out new", "no folder or file none"),
         ("--input mixed --out new", "must hold files of one kind, .jsonl, .parquet or .txt; mixed holds .jsonl, .txt"),
-        ("--input empty --out new", "empty holds none of these"),
-        ("--input broken.jsonl --out new", "the documents in broken.jsonl cannot be read ("),
-        ("--input numbers.jsonl --out new", "the column 'text' of numbers.jsonl holds int64, not texts"),
-        ("--input in --out new --column=body", "have no column 'body', but text"),
+        ("--input empty --out new", "empty holds no file"),
+        ("--input other --out new", "other holds .gz, a0, a1, a10, a100, a101, a102, a103"),
+        ("--input broken.jsonl --out new", "prepare.py: broken.jsonl, line 2 is not JSON (Expecting value)"),
+        (
+            "--input numbers.jsonl --out new",
+            "numbers.jsonl, line 1: expected an object with a text 'text', got {'text'",
+        ),
+        ("--input in --out new --column=body", "a.jsonl has no column 'body', but text; name it with"),
         ("--input in --out new --val_every=1", "--val_every must be at least 2, got 1"),
         ("--input in --out new --processes=0", "--processes must be at least 1, got 0"),
     ):
-        assert message in told(openwebtext, arguments.split()), arguments
+        line = told(openwebtext, arguments.split())
+        assert message in line and len(line) < 300, arguments
         assert not (tmp_path / "new").exists()
     assert "in has 13 documents, too few for --val_every=" in told(
         openwebtext, "--input in --out new --val_every=1000000000 --processes=1".split()
@@ -245,6 +254,229 @@ def test_mistakes(tmp_path, tiny_encoding, threads, monkeypatch):
         assert "another prepare.py is working in new" in told(openwebtext, "--input in --out new".split())
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: range(5))
     assert "gave 5 documents, it has 8,013,769; delete it" in told(openwebtext, [])
+
+
+NO = "not a document"
+FOLDERS = {  # the files, and the names of what is left out
+    "brackets": ({"c.txt": "c", "notes [2020].txt": "d", "notes [2021].txt": "e"}, []),
+    "a pattern and what it matches": ({"a*.txt": "a", "a?.txt": "b", "ab.txt": "c", "ac.txt": "d"}, []),
+    "signs of an address": ({"a::b.txt": "a", "c#d%20.txt": "b", "http:.txt": "c", "{x,y}.txt": "d"}, []),
+    "case of the suffix": ({"a.TXT": "a", "b.txt": "b", "c.Txt": "c"}, []),
+    "folders": ({"[b]/a.txt": "a", "b.txt/c.txt": "b", "b.txt/d/e.txt": "c", "c.txt": "d"}, []),
+    "hidden": (
+        {".a.txt": NO, "._b.txt": NO, "__MACOSX/c.txt": NO, "b.txt": "b", "c.txt": "c"},
+        ["._b.txt", ".a.txt", "__MACOSX"],
+    ),
+    "a notebook's copies": (
+        {".ipynb_checkpoints/a-1.txt": NO, "a.txt": "a", "d/.b/c.txt": NO, "d/e.txt": "e"},
+        [".ipynb_checkpoints", str(Path("d", ".b"))],
+    ),
+    "other kinds": (
+        {"LICENSE": NO, "README.md": NO, "a.txt": "a", "a.txt.gz": NO, "b.txt": "b"},
+        ["LICENSE", "README.md", "a.txt.gz"],
+    ),
+    "many other kinds": ({f"{i}.md": NO for i in range(10, 30)} | {"a.txt": "a", "b.txt": "b"}, 20 * ["..."]),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_each_file_is_taken_once_or_named_as_left_out(tmp_path, tiny_encoding, threads, kind, capsys):
+    pytest.importorskip("datasets")
+    files, left_out = FOLDERS[kind]
+    folder = tmp_path / ("set" if os.name == "nt" else "set [x]*")
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.write_text(text)
+        except OSError:
+            pytest.skip("this system has no such names")
+    argv = ["--out", str(tmp_path / "out"), "--val_every=2", "--seed=1", "--processes=1"]
+    openwebtext.main(["--input", str(folder), *argv])
+    texts = [text for text in files.values() if text != NO]
+    assert prepared(tmp_path / "out")[0] == reference(texts, tiny_encoding, 2, 1)
+    line = f"Files taken: {len(texts)}"
+    if len(left_out) == 20:
+        line += "; left out: 20 (10.md, 11.md, 12.md, 13.md, 14.md, 15.md, 16.md, 17.md, ...)"
+    elif left_out:
+        line += f"; left out: {len(left_out)} ({', '.join(left_out)})"
+    assert capsys.readouterr().out.count(f"{line}\n") == (2 if left_out else 1)  # before the work and after it
+
+
+@pytest.mark.skipif(os.name == "nt", reason="making links needs a right there")
+def test_links_to_files_are_followed_and_others_named(tmp_path, tiny_encoding, threads, capsys):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "in"
+    for name in ("a.txt", "elsewhere/b.txt", "elsewhere/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    folder.mkdir()
+    for name, target in (("a.txt", "a.txt"), ("b.txt", "elsewhere/b.txt"), ("far", "elsewhere"), ("gone.txt", "none")):
+        (folder / name).symlink_to(tmp_path / target)
+    argv = ["--out", str(tmp_path / "out"), "--val_every=2", "--seed=1", "--processes=1"]
+    openwebtext.main(["--input", str(folder), *argv])
+    assert prepared(tmp_path / "out")[0] == reference(["a.txt", "elsewhere/b.txt"], tiny_encoding, 2, 1)
+    assert "Files taken: 2; left out: 2 (far, gone.txt)" in capsys.readouterr().out
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def table(**columns):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table({name: pyarrow.array(*values) for name, values in columns.items()}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+A, B, BOM = {"text": "a"}, {"text": "b"}, codecs.BOM_UTF8
+READ = {  # files, and the texts in them
+    "id is a number here and a text there": ([lines(A | {"id": 1}, B | {"id": 2}), lines(A | {"id": "x"})], "aba"),
+    "url in one file only": ([lines(A, B), lines(A | {"url": "x"}, B)], "abab"),
+    "date is null first": ([lines(A | {"date": None}, B | {"date": None}), lines(A | {"date": "2020-01-01"})], "aba"),
+    "a column changes within a file": ([lines(A | {"meta": [1]}, B | {"meta": {"k": 1}}, A | {"meta": "x"})], "aba"),
+    "texts like dates": ([lines({"text": "2020-01-01"}, {"text": "2021-01-01"})], ["2020-01-01", "2021-01-01"]),
+    "text is null in the first file": ([lines({"text": None}, {"text": None}), lines(A, B)], [None, None, "a", "b"]),
+    "some rows lack it": ([lines({"id": 1}, A, B, A, B, {"id": 2})], [None, *"abab", None]),
+    "an empty file": ([b"", lines(A, B)], "ab"),
+    "blank lines and a byte order mark": ([BOM + b"\n" + lines(A) + b"\n \n" + lines(B), BOM + lines(A)], "aba"),
+    "joined files with byte order marks": ([BOM + lines(A) + BOM + lines(B)], "ab"),
+    "line ends of Windows": ([(lines(A, B)).replace(b"\n", b"\r\n")], "ab"),
+    "text keeps what JSON escapes": (
+        [lines({"text": "\ufeffa\r\nb\0\U0001f600"}, B)],
+        ["\ufeffa\r\nb\0\U0001f600", "b"],
+    ),
+    "each row has names of its own": ([lines(*({f"k{i}": i} | (A, B)[i % 2] for i in range(99)))], ("ab" * 50)[:99]),
+    "no line end at the end": ([lines(A, B).rstrip()], "ab"),
+    "an array": ([json.dumps([A, B, A]).encode()], "aba"),
+    "an array on several lines": ([BOM + b"\n" + json.dumps([A, B], indent=2).encode(), lines(A)], "aba"),
+}
+REFUSED = {  # files, and the line
+    "an object": (
+        [lines(A, {"text": {"body": "x"}})],
+        "0.jsonl, line 2: expected an object with a text 'text', got {'te",
+    ),
+    "a list": (
+        [lines({"text": ["a", "b"]})],
+        "0.jsonl, line 1: expected an object with a text 'text', got {'text': ['a'",
+    ),
+    "mixed types": (
+        [lines(A), lines(A, B, {"text": 5})],
+        "1.jsonl, line 3: expected an object with a text 'text', got",
+    ),
+    "texts only": ([lines("a", "b")], "0.jsonl, line 1: expected an object with a text 'text', got 'a'"),
+    "a long list": ([lines({"text": ["word " * 99] * 999})], "0.jsonl, line 1: expected an object"),
+    "Latin-1": ([lines(A) + b'{"text": "caf\xe9"}\n'], "0.jsonl, line 2 is not UTF-8 (byte 13: invalid continuation"),
+    "UTF-16": (["\ufeff".encode("utf-16-le") + lines(A).decode().encode("utf-16-le")], "0.jsonl, line 1 is in UTF-16"),
+    "UTF-16 without a mark": ([lines(A).decode().encode("utf-16-le")], "0.jsonl, line 1 holds a NUL character"),
+    "bad JSON": (
+        [lines(A, B) + b"\n{'text': 1}\n"],
+        "0.jsonl, line 4 is not JSON (Expecting property name enclosed in",
+    ),
+    "cut off": ([lines(A, B)[:-4]], "0.jsonl, line 2 is not JSON (Unterminated string starting at)"),
+    "a cut array": ([b'[\n{"text": "a"},\n{"text"'], "0.jsonl, line 3 is not JSON (Expecting ':' delimiter)"),
+    "nested too deeply": ([b'{"text": "a", "b": ' + b"[" * 200_000], "0.jsonl, line 1 is not JSON ("),
+    "half a surrogate pair": (
+        [lines(A, {"text": "\ud83d"})],
+        "0.jsonl, line 2: the text holds half of a surrogate pair",
+    ),
+    "no column": ([lines({"body": "a", "id": 1})], "0.jsonl has no column 'text', but body, id; name it with --column"),
+    "one file without the column": (
+        [lines(A, B), lines({"content": "a"})],
+        "1.jsonl has no column 'text', but content",
+    ),
+    "no text": ([lines({"text": None}), lines({"text": ""})], "no document in in has text"),
+    "nothing": ([b""], "has text"),
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_only_the_texts_column_is_read(tmp_path, tiny_encoding, threads, kind):
+    pytest.importorskip("datasets")
+    files, texts = READ[kind]
+    check_documents(tmp_path, tiny_encoding, files, ".jsonl", texts)
+
+
+def check_documents(tmp_path, encoding, files, suffix, texts):
+    (tmp_path / "in").mkdir()
+    for i, raw in enumerate(files):
+        (tmp_path / "in" / f"{i}{suffix}").write_bytes(raw)
+    argv = ["--out", str(tmp_path / "out"), "--val_every=2", "--seed=1", "--processes=1"]
+    openwebtext.main(["--input", str(tmp_path / "in"), *argv])
+    tokens, meta = prepared(tmp_path / "out")
+    assert tokens == reference(texts, encoding, 2, 1)
+    assert (meta["job"]["documents"], meta["without_text"]) == (len(texts), sum(not text for text in texts))
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_bad_row_is_refused_by_its_file_and_line(tmp_path, tiny_encoding, kind, monkeypatch):
+    pytest.importorskip("datasets")
+    files, message = REFUSED[kind]
+    (tmp_path / "in").mkdir()
+    for i, raw in enumerate(files):
+        (tmp_path / "in" / f"{i}.jsonl").write_bytes(raw)
+    monkeypatch.chdir(tmp_path)
+    line = told(openwebtext, ["--input", "in", "--out", "out"])
+    assert message in line and len(line) < 300
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_tables_only_the_texts_column_is_read(tmp_path, tiny_encoding, threads):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("datasets")
+    files = [
+        table(text=(["a", None], pyarrow.string()), id=([1, 2],)),
+        table(id=(["x"],), text=(["b"], pyarrow.large_string())),
+        table(text=(["b"],), when=([2**62], pyarrow.timestamp("us"))),  # a year that Python does not have
+        table(text=(["c", "c"], pyarrow.dictionary(pyarrow.int8(), pyarrow.string()))),
+        table(text=([None], pyarrow.null()), id=([[1]],)),
+        table(text=(["d", ""], pyarrow.string_view())),
+    ]
+    check_documents(tmp_path, tiny_encoding, files[:4], ".parquet", ["a", None, "b", "b", "c", "c"])
+    (tmp_path / "more").mkdir()
+    check_documents(tmp_path / "more", tiny_encoding, files[4:] + files[:1], ".parquet", [None, "d", "", "a", None])
+
+
+def test_a_bad_table_is_refused_by_its_file_and_row(tmp_path, tiny_encoding, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    for i, (raw, message) in enumerate(
+        (
+            (table(text=([b"a", b"b"],)), "row 1: expected an object with a text 'text', got {'text': b'a'}"),
+            (table(text=([{"a": 1}],)), "row 1: expected an object with a text 'text', got {'text': {'a': 1}}"),
+            (table(body=(["a"],), id=([1],)), " has no column 'text', but body, id; name it with --column"),
+            (table(text=(["a"],))[:-9], " cannot be read ("),
+            (b"", " cannot be read ("),
+        )
+    ):
+        (tmp_path / f"{i}.parquet").write_bytes(raw)
+        assert f"{i}.parquet" in told(openwebtext, ["--input", f"{i}.parquet", "--out", "out"])
+        assert message in told(openwebtext, ["--input", f"{i}.parquet", "--out", "out"])
+
+
+def test_text_files_follow_the_one_rule(tmp_path, tiny_encoding, threads, monkeypatch):
+    pytest.importorskip("datasets")
+    text = "caf\u00e9\n\nto be\n"
+    files = [raw.encode() for raw in (text, text.replace("\n", "\r\n"), text.replace("\n", "\r"))]
+    check_documents(tmp_path, tiny_encoding, [*files, BOM + files[1]], ".txt", [text] * 4)
+    monkeypatch.chdir(tmp_path)
+    for raw, message in (
+        (b"S\xfcd", "is not UTF-8 (byte 1: invalid start byte); convert it first"),
+        ("to be".encode("utf-16"), "is in UTF-16; convert it to UTF-8 first"),
+        (b"to\0be", "holds a NUL character (character 2)"),
+    ):
+        (tmp_path / "in" / "2.txt").write_bytes(raw)
+        assert f"{Path('in', '2.txt')} {message}" in told(openwebtext, ["--input", "in", "--out", "new"])
+
+
+def test_a_source_has_a_name_wherever_the_command_runs(tmp_path, tiny_encoding, threads, monkeypatch):
+    pytest.importorskip("datasets")
+    write_documents(tmp_path / "corpus" / "deeper" / "a.jsonl", TEXTS)
+    for folder, given in (("corpus", "."), ("corpus/deeper", ".."), (".", "corpus")):
+        monkeypatch.chdir(tmp_path / folder)
+        openwebtext.main(["--input", given, "--out", str(tmp_path / "out"), "--val_every=4", "--processes=1"])
+        assert prepared(tmp_path / "out")[1]["source"] == "corpus"
 
 
 def test_without_the_tokenizer_it_says_how_to_bring_it(tmp_path, monkeypatch):

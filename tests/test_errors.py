@@ -273,7 +273,7 @@ ROWS = [
     ("sample", "--out_dir=run --temprature=1", "unknown option --temprature; did you mean --temperature?"),
     ("sample", "--out_dir=run --start=Q#a", "does not know ['#', 'Q'] in the prompt; it knows '\\n abc"),
     ("sample", "--out_dir=run --start=FILE:none", "cannot read the prompt file none"),
-    ("sample", "--out_dir=run --start=FILE:latin", "the prompt file latin is not UTF-8; convert it first"),
+    ("sample", "--out_dir=run --start=FILE:latin", "the prompt file latin is not UTF-8 (byte 1"),
     ("sample", "--out_dir=run --temperature=-1", "temperature must be a number from 0 to 2**53, got -1.0"),
     ("sample", "--out_dir=run --num_samples=0", "num_samples must be a number from 1 to 2**53, got 0"),
     ("sample", "--out_dir=run --top_p=0", "top_p is a probability in (0, 1], got 0"),

@@ -52,3 +52,22 @@ def test_a_name_is_drawn_as_it_is(tiny, tmp_path, monkeypatch):
         plot.main(names)
     assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == names
     assert Path("losses.png").exists()
+
+
+def test_a_folder_that_exists_is_no_pattern(tiny, tmp_path, monkeypatch, capsys):
+    train.train(tiny)
+    for name in ("run[1]", "run1", "run*", "run2", "run?"):
+        shutil.copytree(tiny.out_dir, tmp_path / "runs" / name)
+    monkeypatch.chdir(tmp_path / "runs")
+    for names, expected in (
+        (["run[1]"], ["run[1]"]),
+        (["run*"], ["run*"]),
+        (["run?", "run2"], ["run?", "run2"]),
+        (["run[12]"], ["run1", "run2"]),
+        (["r*"], ["run*", "run1", "run2", "run?", "run[1]"]),
+        ([str(tmp_path / "runs" / "run[1]")], [str(tmp_path / "runs" / "run[1]")]),
+    ):
+        capsys.readouterr()
+        plot.main(names)
+        rows = capsys.readouterr().out.splitlines()[2:]
+        assert [row.split(" | ")[0].removeprefix("| ") for row in rows[: rows.index("")]] == expected

@@ -1,5 +1,7 @@
 """Character data sets: every text survives, also an interrupted prepare.py; downloads are checked."""
 
+import codecs
+import hashlib
 import io
 import json
 import subprocess
@@ -10,22 +12,82 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sample
 from data.shakespeare_char import prepare
-from helpers import ROOT, offline, run
+from helpers import ROOT, offline, run, told
 from support import data as data_module
 from support.data import load_dataset
 from support.options import UserError
 
+TEXTS = ["a\n\nb\x0b\x85\u2028", "t\u00e4glich \u65e5\u672c \U0001f3ad\u2028", "a\ufeffb"]
 
-@pytest.mark.parametrize("text", ["a\r\nb\rc\n" * 9, "täglich 日本 🎭\u2028" * 9, "\ufeffab" * 9, "ab"])
+
+@pytest.mark.parametrize("text", [*(text * 9 for text in TEXTS), "ab"])
 def test_a_text_comes_back_as_it_was(tmp_path, text):
     (tmp_path / "text").write_bytes(text.encode("utf-8"))
     prepare.main(["--input", str(tmp_path / "text"), "--out", str(tmp_path / "set")])
-    vocab = json.loads((tmp_path / "set" / "meta.json").read_text(encoding="utf-8"))["vocab"]
-    ids = np.concatenate([np.fromfile(tmp_path / "set" / f"{split}.bin", dtype="<u2") for split in ("train", "val")])
-    assert "".join(vocab[i] for i in ids) == text
-    assert vocab == sorted(set(text))
+    meta, data = data_module.load(tmp_path / "set")
+    assert data_module.tokenizer_of(meta).decode(np.concatenate([data["train"], data["val"]])) == text
+    assert meta["vocab"] == sorted(set(text)) and meta["text_sha256"] == hashlib.sha256(text.encode()).hexdigest()
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+READ = "caf\u00e9\n\nto be\n" * 9  # all of these files hold this text
+TEXT_FILES = {
+    "as it is": READ.encode(),
+    "a byte order mark": codecs.BOM_UTF8 + READ.encode(),
+    "line ends of Windows": READ.replace("\n", "\r\n").encode(),
+    "line ends of an old Mac": READ.replace("\n", "\r").encode(),
+    "Windows's Notepad": codecs.BOM_UTF8 + READ.replace("\n", "\r\n").encode(),
+}
+NO_TEXT = {
+    "UTF-16, little-endian": (codecs.BOM_UTF16_LE + READ.encode("utf-16-le"), "is in UTF-16; convert it to UTF-8"),
+    "UTF-16, big-endian": (codecs.BOM_UTF16_BE + READ.encode("utf-16-be"), "is in UTF-16; convert it to UTF-8"),
+    "UTF-16 without a mark": (
+        "to be".encode("utf-16-le"),
+        "holds a NUL character (character 1), so it may",
+    ),
+    "NUL": (b"to be\0", "holds a NUL character (character 5)"),
+    "Latin-1": (READ.encode("latin-1"), "is not UTF-8 (byte 3: invalid continuation byte); convert it first"),
+    "an encoded surrogate": (b"to\xed\xa0\x80", "is not UTF-8 (byte 2: invalid continuation byte)"),
+}
+
+
+@pytest.mark.parametrize("kind", TEXT_FILES)
+def test_a_text_is_read_by_one_rule_for_training_and_prompts(tmp_path, kind, monkeypatch):
+    (tmp_path / "text").write_bytes(TEXT_FILES[kind])
+    argv = ["--input", str(tmp_path / "text"), "--out", str(tmp_path / "set")]
+    prepare.main(argv)
+    meta, data = data_module.load(tmp_path / "set")
+    assert data_module.tokenizer_of(meta).decode(np.concatenate([data["train"], data["val"]])) == READ
+    assert sample.read_prompt(f"FILE:{tmp_path / 'text'}") == READ
+    monkeypatch.setattr(prepare, "TINY_SHA256", hashlib.sha256(READ.encode()).hexdigest())
+    prepare.main(argv)
+    is_tiny = data_module.load(tmp_path / "set")[0]["source"] == "Tiny Shakespeare"
+    assert is_tiny == (kind in ("as it is", "line ends of Windows"))
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_a_file_that_is_no_text_is_refused_by_its_name(tmp_path, kind):
+    raw, message = NO_TEXT[kind]
+    path = tmp_path / "some file"
+    path.write_bytes(raw)
+    assert f"{path} {message}" in told(prepare, ["--input", str(path), "--out", str(tmp_path / "set")])
+    assert not (tmp_path / "set").exists()
+    with pytest.raises(UserError) as refusal:
+        sample.read_prompt(f"FILE:{path}")
+    assert str(refusal.value).startswith(f"the prompt file {path} {message}")
+
+
+@pytest.mark.parametrize("size", [3, 99, 20_000])
+def test_unknown_characters_of_a_prompt_fit_into_a_line(size):
+    tokenizer = data_module.CharTokenizer([chr(0x4E00 + i) for i in range(size)])
+    for prompt, unknown in (("a", "['a'] in"), ("".join(map(chr, range(33, 97))), "'('] and 56 more in")):
+        with pytest.raises(UserError) as refusal:
+            tokenizer.encode(prompt)
+        line = str(refusal.value)
+        assert unknown in line and ("and 19,901 more" in line) == (size == 20_000) and len(line) < 300
+        assert "".join(tokenizer.vocab[:99]) in line
 
 
 def test_an_interrupted_prepare_leaves_the_old_set_or_none(tmp_path, dataset, monkeypatch):

@@ -7,8 +7,8 @@ OpenWebText, or a folder of documents of your own, in GPT-2's tokens:
 Needs Hugging Face datasets: pip install datasets
 
 An end-of-text token follows each document. Of every --val_every documents, one drawn by --seed goes to val.bin and the
-others to train.bin, in order (files are sorted by path). A .txt file is one document. After a stop or a kill, the same
-command continues.
+others to train.bin, in order (files are sorted by path). README.md says which files are read, and how. After a stop or
+a kill, the same command continues.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -30,12 +30,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from data.openwebtext import documents as reading
 from support import data
 from support.options import UserError, errors_in_one_line, expanded
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_DOCUMENTS = 8_013_769  # fewer: part of it, or a download that ended early
-FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 CHUNK = 256  # documents per task of a process
 SAVE_EVERY = 64  # chunks between two saves
 
@@ -62,7 +62,7 @@ def main(argv=None):
 
 def prepare(args, out):
     vocab_size = data.gpt2_encoding().n_vocab  # first, so that a missing tokenizer shows before the download
-    documents, source, files = load_documents(args.input, args.column)
+    documents, source, files, note = load_documents(args.input, args.column)
     out.mkdir(parents=True, exist_ok=True)
     # The bytes depend on these. Earlier work with other values is useless.
     job = {"source": source, "documents": len(documents), "files": files, "column": args.column}
@@ -90,19 +90,19 @@ def prepare(args, out):
         raise UserError(f"another prepare.py is working in {out}; wait for it, or name another --out") from None
     tokens = ", ".join(f"{split}.bin {n:,} tokens" for split, n in meta["tokens"].items())
     skipped = f" ({meta['without_text']:,} without text left out)" if meta["without_text"] else ""
-    print(f"{source}: {len(documents):,} documents{skipped}\n{out}: {tokens}, meta.json")
+    print(f"{source}: {len(documents):,} documents{skipped}\n{note}{out}: {tokens}, meta.json")
 
 
 def load_documents(path, column):
-    """The documents as a Hugging Face Dataset, mapped from the disk; their source; a fingerprint of their files."""
+    """The documents as a Hugging Face Dataset, mapped from the disk; source and fingerprint of their files; a note."""
     try:
+        import datasets
         import pyarrow  # datasets installs it
-        from datasets import load_dataset
     except ImportError:
         raise UserError("this needs Hugging Face datasets: pip install datasets") from None
     if path is None:
         try:
-            documents = load_dataset(OPENWEBTEXT, split="train")
+            documents = datasets.load_dataset(OPENWEBTEXT, split="train")
         except Exception as error:  # the hub, the network and the disk all raise their own
             reason = str(error).split("\n")[0][:200]
             raise UserError(
@@ -114,28 +114,36 @@ def load_documents(path, column):
                 f"{OPENWEBTEXT} gave {len(documents):,} documents, it has {OPENWEBTEXT_DOCUMENTS:,}; delete it from "
                 "Hugging Face's cache (~/.cache/huggingface) and start again"
             )
-        return documents, "OpenWebText", OPENWEBTEXT
+        return documents, "OpenWebText", OPENWEBTEXT, ""
     if not path.exists():
         raise UserError(f"no folder or file {path}")
-    files = sorted(p for p in path.rglob("*") if p.suffix in FORMATS) if path.is_dir() else [path]
-    kinds = {FORMATS.get(file.suffix) for file in files}
-    if len(kinds) != 1 or None in kinds:
-        found = ", ".join(sorted({file.suffix or file.name for file in files})) or "none of these"
+    files, left_out = reading.find_files(path) if path.is_dir() else ([path], [])
+    kinds = {file.suffix.lower() for file in files}
+    if len(kinds) != 1 or not kinds <= reading.ROWS.keys():
+        found = ", ".join(sorted({file.suffix or file.name for file in files or left_out})[:8]) or "no file"
         raise UserError(f"--input must hold files of one kind, .jsonl, .parquet or .txt; {path} holds {found}")
-    (kind,) = kinds
-    options = {"sample_by": "document"} if kind == "text" else {}  # a .txt file is one document
-    try:
-        documents = load_dataset(kind, data_files=[str(f) for f in files], split="train", **options)
-    except Exception as error:
-        reason = str(error.__cause__ or error).split("\n")[0][:200]
-        raise UserError(f"the documents in {path} cannot be read ({reason})") from None
-    pyarrow.default_memory_pool().release_unused()  # reading files leaves buffers behind
-    if column not in documents.column_names:
-        raise UserError(f"the documents in {path} have no column {column!r}, but {', '.join(documents.column_names)}")
-    if documents.features[column].dtype not in ("string", "large_string"):
-        raise UserError(f"the column {column!r} of {path} holds {documents.features[column].dtype}, not texts")
+    names = [str(file.relative_to(path)) for file in left_out[:8]] + ["..."] * (len(left_out) > 8)
+    note = f"Files taken: {len(files):,}" + (f"; left out: {len(left_out):,} ({', '.join(names)})" if names else "")
+    if left_out:
+        print(note)  # also before hours of work
     stats = [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return documents.select_columns(column), path.name, hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    code = tuple(data.sha256_of(module.__file__) for module in (reading, data))  # or the cache outlives its rules
+    try:
+        documents = datasets.Dataset.from_generator(
+            reading.documents_of,
+            datasets.Features({column: datasets.Value("large_string")}),
+            gen_kwargs={"files": tuple(map(str, files)), "column": column, "fingerprint": fingerprint, "code": code},
+            writer_batch_size=CHUNK,
+        )
+    except Exception as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        error = error.__cause__ or error
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        raise UserError(f"{path} cannot be copied to Hugging Face's cache ({reason}); HF_HOME moves it") from None
+    pyarrow.default_memory_pool().release_unused()  # reading files leaves buffers behind
+    return documents, Path(os.path.abspath(path)).name, fingerprint, f"{note}\n"  # abspath: "." has no name
 
 
 def is_done(out, job):
