@@ -183,7 +183,8 @@ def write_whole(path, write):
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # in a stranger's folder it may be a link to any file
+        with open(temporary, "xb") as file:  # exclusively, which follows no link
             write(file)
             file.flush()
             os.fsync(file.fileno())

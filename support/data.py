@@ -41,7 +41,9 @@ def commit(out, parts, meta):
         meta["val_bytes_per_token"] = float(np.array(lengths)[val].mean())
         del val  # on Windows a mapped file cannot be moved
     temporary = parts["train"].with_name("meta.json.part")
-    temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    temporary.unlink(missing_ok=True)  # opened exclusively, so that no link is followed
+    with open(temporary, "x", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
     # After a kill in between, the hashes in meta.json do not match, and train.py refuses the data set.
     for split in SPLITS:
         parts[split].replace(out / f"{split}.bin")

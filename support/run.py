@@ -98,7 +98,10 @@ def only_run_in(out_dir):
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The lock is beside the folder, because the folder may be moved aside; inside, if it is one that cannot be moved.
     movable = not os.path.ismount(folder) and os.access(folder.parent, os.W_OK)
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock") if movable else folder / LOCK, timeout=0)
+    path = folder.with_name(f".{folder.name}.lock") if movable else folder / LOCK
+    if path.is_symlink():  # opening the lock empties the file
+        raise UserError(f"{path} is a link, a lock must be a file of its own; delete the link")
+    lock = filelock.FileLock(path, timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -123,7 +126,7 @@ def keep_earlier_run(out_dir):
     if found:
         folder = out_dir.resolve()  # move the folder, not a link to it: the link may lead to a larger disk
         asides = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
-        aside = next(path for path in asides if not path.exists())
+        aside = next(path for path in asides if not os.path.lexists(path))
         try:
             folder.rename(aside)  # in one move, so that a kill cannot leave half of the run behind
         except OSError:
@@ -138,7 +141,8 @@ def move_contents(folder):
     contents = [path for path in folder.iterdir() if path.name != LOCK and not re.fullmatch(EARLIER, path.name)]
     contents.sort(key=lambda path: path.name == "config.json")  # last: after a kill, the next start moves the rest
     asides = (folder / f"earlier.{number}" for number in itertools.count(1))
-    aside = next(aside for aside in asides if not any((aside / path.name).exists() for path in contents))
+    names = [path.name for path in contents]
+    aside = next(a for a in asides if not a.is_symlink() and not any(os.path.lexists(a / name) for name in names))
     aside.mkdir(exist_ok=True)
     for path in contents:
         path.rename(aside / path.name)

@@ -710,3 +710,61 @@ def test_on_resume_a_preset_only_says_which_folder(tiny, tmp_path, capsys):
     last = checkpoint.read(Path(tiny.out_dir), "last")
     assert (last["step"], last["config"]["dropout"], last["config"]["n_embd"]) == (8, 0.0, 16)
     assert "switches to" not in capsys.readouterr().out
+
+
+# A stranger's folder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_no_write_follows_a_link_in_out_dir(tiny, tmp_path, monkeypatch):
+    """An untrusted out_dir may hold a link under each name that a run writes, also the temporary ones."""
+    whole = elsewhere(tiny, "whole")
+    written, replace = {"run.lock"}, os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda a, b: (written.update({Path(a).name, Path(b).name}), replace(a, b)))
+        train.train(whole)
+    config, out_dir = dataclasses.replace(tiny, max_iters=9, resume=True), Path(tiny.out_dir)
+    assert {"metrics.jsonl.tmp", "config.json.tmp", "previous.json.tmp", "best.json", "model-6.pt.tmp"} <= written
+    treasure = tmp_path / "treasure"
+    treasure.write_text("precious")
+    shutil.copytree(whole.out_dir, out_dir)
+    written |= {"model-9.pt", "model-9.pt.tmp", "optimizer-9.pt", "optimizer-9.pt.tmp"}
+    names = [name for name in written if not (out_dir / name).exists()]
+    for name in [*names, "metrics.jsonl", "config.json"]:
+        (out_dir / name).unlink(missing_ok=True)
+        (out_dir / name).symlink_to(treasure)
+    train.train(config)
+    assert treasure.read_text() == "precious" and not (out_dir / "metrics.jsonl").is_symlink()
+    assert checkpoint.read(out_dir, "last")["step"] == 9
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.parametrize("movable", [True, False])
+def test_a_link_where_the_lock_belongs_is_an_error(tiny, tmp_path, movable, monkeypatch):
+    treasure, out_dir = tmp_path / "treasure", Path(tiny.out_dir)
+    treasure.write_text("precious")
+    out_dir.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: not movable)
+    (out_dir.with_name(".run.lock") if movable else out_dir / "run.lock").symlink_to(treasure)
+    with pytest.raises(UserError, match="run.lock is a link, a lock must be a file of its own; delete the link"):
+        train.train(tiny)
+    assert treasure.read_text() == "precious" and not list(out_dir.glob("*.json"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links to folders need rights there")
+def test_an_earlier_run_does_not_move_through_a_link(tiny, tmp_path, monkeypatch):
+    train.train(tiny)
+    out_dir, rename = Path(tiny.out_dir), Path.rename
+    (tmp_path / "treasure").mkdir()
+    (out_dir / "earlier.1").symlink_to(tmp_path / "treasure")
+    (out_dir.with_name("run.1")).symlink_to(tmp_path / "nowhere")
+
+    def only_within(self, target):
+        if self == out_dir:
+            assert target.name == "run.2"  # not over the link
+            raise OSError(16, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", only_within)
+    train.train(tiny)
+    assert not list((tmp_path / "treasure").iterdir()) and (out_dir / "earlier.2" / "last.json").exists()
