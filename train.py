@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from mode import MoDEConfig, build, config_class
-from support import checkpoint, ranks, run
+from support import checkpoint, options, ranks, run
 from support.data import load_dataset, seed_of, training_batch
 from support.evaluation import autocast, bits_per_byte, evaluate, evaluate_checkpoint
 from support.options import UserError, at_least, command, errors_in_one_line, load, pick_device, pick_dtype, printable
@@ -292,7 +292,8 @@ def options_of_the_run(preset, given):
             f"nothing to resume in {out_dir}: it has no config.json of a run; name the run's folder with --out_dir, "
             + advice
         )
-    saved = {field.name: saved[field.name] for field in dataclasses.fields(TrainConfig) if field.name in saved}
+    fields = [field for field in dataclasses.fields(TrainConfig) if field.name in saved]
+    saved = {field.name: options.convert(field, saved[field.name], f"{out_dir}: {field.name}") for field in fields}
     if {"max_iters", "flop_budget"} & given.keys():  # either one replaces the run's old length
         saved |= {"max_iters": 0, "flop_budget": 0.0}
     return {**saved, **given, "out_dir": out_dir}

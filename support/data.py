@@ -227,7 +227,22 @@ class GPT2Tokenizer(Tokenizer):
 
 
 def tokenizer_of(meta):
+    """The tokenizer of a data set. Raises ValueError for an unknown one."""
+    check_tokens(meta)
     return CharTokenizer(meta["vocab"]) if meta["tokenizer"] == "char" else GPT2Tokenizer()
+
+
+def check_tokens(meta):
+    """Raise ValueError unless `meta` names a tokenizer of ours and, for characters, holds its vocabulary."""
+    name, vocab, size = meta["tokenizer"], meta.get("vocab"), meta["vocab_size"]
+    if name not in ("char", "gpt2"):
+        raise ValueError(f"the tokenizer is {name!r}, this version has char and gpt2")
+    if type(size) is not int or size < 1:
+        raise ValueError(f"vocab_size is {size!r}")
+    if name == "char" and not (type(vocab) is list and all(type(character) is str for character in vocab)):
+        raise ValueError("the vocabulary is no list of characters")
+    if name == "char" and not len(set(vocab)) == len(vocab) == size:
+        raise ValueError(f"vocab_size is {size}, the vocabulary has {len(set(vocab))} characters")
 
 
 def gpt2_encoding():

@@ -16,8 +16,9 @@ from pathlib import Path
 import filelock
 from tqdm import tqdm
 
-from support import checkpoint, ranks
+from support import checkpoint, ranks, untrusted
 from support.options import UserError
+from support.untrusted import reason_of
 
 
 @dataclass
@@ -53,10 +54,12 @@ def saved_options(out_dir):
         try:
             info, _ = last_whole(out_dir)
         except UserError:
+            if not (out_dir / "config.json").is_file():  # opening a pipe would wait forever
+                return None
             info = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
         options = checkpoint.with_variant(info["config"])
         return {**options, **info.get("asked", {})}  # "auto" may mean something else where the run is resumed
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -181,9 +184,15 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
     changed = checkpoint.differences({**before, **here, **found["versions"]}, {**now, **info["versions"]})
     if changed:
         print(f"Not exactly the run that stopped: {changed}")
-    state = checkpoint.tensors(out_dir, found, "optimizer")
-    model.load_state_dict(checkpoint.tensors(out_dir, found, "model"))
-    state["optimizer"]["param_groups"] = stateful["optimizer"].state_dict()["param_groups"]  # options may have changed
+    weights, state = (checkpoint.tensors(out_dir, found, kind) for kind in ("model", "optimizer"))
+    try:
+        untrusted.check_optimizer(state, found["step"], **stateful)
+    except Exception as error:  # nonsense raises many kinds
+        raise UserError(
+            f"{out_dir / found['files']['optimizer']['name']} does not fit the run ({reason_of(error)}); "
+            "start a new run from its weights with --init_from"
+        ) from None
+    model.load_state_dict(weights)
     for name, part in stateful.items():
         if state.get(name):  # a scaler that was not in use has an empty state
             part.load_state_dict(state[name])

@@ -113,7 +113,7 @@ def place(tmp_path_factory, dataset):
     damaged("run_json", "best.json", lambda raw: b"{")
     damaged("run_list", "best.json", lambda raw: b"[]")
     damaged("run_edited", "best.json", lambda raw: raw.replace(b'"step": 3', b'"step": 4'))
-    damaged("run_format", "best.json", lambda raw: raw.replace(b'"format": 3', b'"format": 99'))
+    damaged("run_format", "best.json", lambda raw: raw.replace(b'"format": 4', b'"format": 99'))
     damaged("run_swapped", "best.json", lambda raw: (place / "dense" / "best.json").read_bytes())
     damaged("run_resume", "last.json", lambda raw: b"")
     (place / "run_resume" / "previous.json").write_bytes(b"")
@@ -293,7 +293,7 @@ ROWS = [
     ("sample", "--out_dir=run_json", "is damaged: it is not the JSON of a checkpoint; train again or use another"),
     ("sample", "--out_dir=run_list", "is damaged: it is not the JSON of a checkpoint"),
     ("sample", "--out_dir=run_edited", "best.json is damaged: its SHA-256 differs from the one it states"),
-    ("sample", "--out_dir=run_format", "has format 99, this version of the code reads 2 and 3; train again"),
+    ("sample", "--out_dir=run_format", "has format 99, this version of the code reads 2 to 4; train again"),
     ("sample", "--out_dir=run_swapped", "is damaged: its SHA-256 is not the one in best.json"),
     ("sample", "--out_dir=run_shape", "do not fit together"),
     ("sample", "--out_dir=run_code", "holds no tensors that can be loaded safely"),

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from hypothesis import strategies as st
 
 import train
 from data.shakespeare_char import prepare
-from helpers import ROOT, same, state_of, told
+from helpers import ROOT, reseal, same, state_of, told
 from support import checkpoint
 from support import data as data_module
 from support import run as run_module
@@ -304,8 +305,8 @@ def test_a_best_checkpoint_of_repeated_steps_does_not_count(tiny, monkeypatch):
     """After a kill between best.json and last.json, the best checkpoint is later than the last one."""
     train.train(tiny)
     out_dir = Path(tiny.out_dir)
-    shutil.copyfile(out_dir / "last.json", out_dir / "best.json")
-    shutil.copyfile(out_dir / "previous.json", out_dir / "last.json")
+    checkpoint.commit(out_dir, "best", checkpoint.read(out_dir, "last"))
+    checkpoint.commit(out_dir, "last", checkpoint.read(out_dir, "previous"))
     train.train(dataclasses.replace(tiny, resume=True))
     best = checkpoint.read(out_dir, "best")
     assert best["step"] == 6 and best["files"]["model"] == checkpoint.read(out_dir, "last")["files"]["model"]
@@ -657,15 +658,6 @@ def test_a_step_that_is_saved_twice_leaves_both_checkpoints_whole(tiny):
     assert last["step"] == previous["step"] == 6 and last["rows"][-1]["step"] == 6
 
 
-def saved_as(out_dir, change):
-    """Change the JSONs of a run and their hashes, as if another version of the code had saved it."""
-    for name in checkpoint.NAMES:
-        info = json.loads((Path(out_dir) / f"{name}.json").read_text(encoding="utf-8"))
-        del info["sha256"]
-        change(info)
-        checkpoint.commit(Path(out_dir), name, info)
-
-
 @pytest.mark.parametrize("variant, selection", [("", "learned"), ("stochastic", "stochastic")])
 def test_a_run_of_format_2_is_read_and_resumed(tiny, variant, selection):
     whole = dataclasses.replace(tiny, variant=variant)
@@ -677,11 +669,13 @@ def test_a_run_of_format_2_is_read_and_resumed(tiny, variant, selection):
 
     def before(info):
         info["format"] = 2
+        del info["role"]
         for part in ("model", "config"):
             del info[part]["variant"]
             info[part]["selection"] = selection
 
-    saved_as(half.out_dir, before)
+    for name in checkpoint.NAMES:
+        reseal(half.out_dir, name, before)
     assert checkpoint.load(Path(half.out_dir), "best", "cpu")[0].config.variant == variant
     train.main(["--resume", f"--out_dir={half.out_dir}"])
     assert same(state_of(half), state_of(whole))
@@ -694,7 +688,8 @@ def test_an_option_that_did_not_exist_when_a_run_was_saved_counts_as_its_default
     def before(info):
         del info["model"]["variant"], info["config"]["variant"], info["config"]["grad_clip"]
 
-    saved_as(tiny.out_dir, before)
+    for name in checkpoint.NAMES:
+        reseal(tiny.out_dir, name, before)
     resume = ["--resume", f"--out_dir={tiny.out_dir}"]
     assert "another model: variant was , now sigmoid_gate" in told(train, [*resume, "--variant=sigmoid_gate"])
     capsys.readouterr()
@@ -768,3 +763,128 @@ def test_an_earlier_run_does_not_move_through_a_link(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(Path, "rename", only_within)
     train.train(tiny)
     assert not list((tmp_path / "treasure").iterdir()) and (out_dir / "earlier.2" / "last.json").exists()
+
+
+def moments(content, number=0):
+    return content["optimizer"]["state"][number]
+
+
+NONSENSE = {  # what a stranger's files hold: which file (None: the JSON), the change, the line
+    "optimizer, other shape": ("optimizer", lambda c: moments(c).update(exp_avg=torch.zeros(1)), "expected floats"),
+    "optimizer, larger": ("optimizer", lambda c: moments(c).update(exp_avg_sq=torch.zeros(10**6)), "expected floats"),
+    "optimizer, float64": ("optimizer", lambda c: moments(c).update(exp_avg=moments(c)["exp_avg"].double()), "type"),
+    "optimizer, integers": ("optimizer", lambda c: moments(c).update(exp_avg=moments(c)["exp_avg"].int()), "expected"),
+    "optimizer, sparse": (
+        "optimizer",
+        lambda c: moments(c).update(exp_avg=moments(c)["exp_avg"].to_sparse()),
+        "floats",
+    ),
+    "optimizer, a number": ("optimizer", lambda c: moments(c).update(exp_avg=3.0), "exp_avg is float"),
+    "optimizer, step": ("optimizer", lambda c: moments(c).update(step=torch.zeros(7)), "step is Tensor"),
+    "optimizer, later": ("optimizer", lambda c: moments(c).update(step=torch.tensor(99.0)), "another type or step"),
+    "optimizer, no moment": ("optimizer", lambda c: moments(c).__delitem__("exp_avg"), "other names: exp_avg"),
+    "optimizer, no parameter": ("optimizer", lambda c: c["optimizer"]["state"].__delitem__(0), "does not fit the run"),
+    "optimizer, one more": ("optimizer", lambda c: c["optimizer"]["state"].update({99: {}}), "does not fit the run"),
+    "optimizer, no state": ("optimizer", lambda c: c["optimizer"].update(state={}), "moments of 0 parameters"),
+    "optimizer, a list": ("optimizer", lambda c: c["optimizer"].update(state=[1]), "does not fit the run"),
+    "optimizer, empty": ("optimizer", lambda c: {}, "does not fit the run"),
+    "optimizer, no dict": ("optimizer", lambda c: torch.zeros(3), "holds no tensors that can be loaded safely"),
+    "progress": ("optimizer", lambda c: c["progress"].update(loss_sum="much"), "does not fit the run"),
+    "model, no tensor": ("model", lambda c: c.popitem() and None, "do not fit together"),
+    "model, other shape": ("model", lambda c: c.update({"lm_head.weight": torch.zeros(3)}), "do not fit together"),
+    "model, integers": ("model", lambda c: c.update({k: w.int() for k, w in c.items()}), "do not fit together"),
+    "model, text": ("model", lambda c: c.update({"lm_head.weight": "w"}), "do not fit together"),
+    "model, a list": ("model", lambda c: [1, 2], "holds no tensors that can be loaded safely"),
+    "a huge model": (None, lambda i: i["model"].update(n_embd=10**8), "do not fit together"),
+    "a deep model": (None, lambda i: i["model"].update(n_layer=10**9), "do not fit together"),
+    "half a head": (None, lambda i: i["model"].update(n_head=2.0), "do not fit together"),
+    "an option is a list": (None, lambda i: i["model"].update(n_layer=[]), "is not from train.py"),
+    "no rows": (None, lambda i: i.pop("rows") and None, "is not from train.py"),
+    "a row is text": (None, lambda i: i["rows"].append("alias ls=rm"), "is not from train.py"),
+    "a row holds text": (None, lambda i: i["rows"][0].update(taken="alias ls=rm"), "is not from train.py"),
+    "a row without loss": (None, lambda i: i["rows"][-1].pop("val_loss_causal") and None, "is not from train.py"),
+    "a row from the future": (None, lambda i: i["rows"][-1].update(step=10**6), "is not from train.py"),
+    "step is a text": (None, lambda i: i.update(step="3"), "is not from train.py"),
+    "no files": (None, lambda i: i.update(files={}), "is not from train.py"),
+    "a file elsewhere": (None, lambda i: i["files"]["model"].update(name="../model-3.pt"), "is not from train.py"),
+    "no data": (None, lambda i: i.update(data=None), "is not from train.py"),
+    "other tokens": (None, lambda i: i["data"].update(tokenizer="bpe"), "the tokenizer is 'bpe'"),
+    "no vocabulary": (None, lambda i: i["data"].update(vocab={}), "the vocabulary is no list of characters"),
+    "half a character": (None, lambda i: i["versions"].update(torch="\ud800"), "is not from train.py"),
+    "no source": (None, lambda i: i["data"].pop("source") and None, "is not from train.py"),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_nonsense_with_the_right_hash_is_one_line_and_changes_no_file(small_run, tmp_path, what):
+    kind, change, line = NONSENSE[what]
+    out_dir = tmp_path / "run"
+    shutil.copytree(small_run, out_dir)
+    for name in ("last", "previous"):
+        reseal(out_dir, name, change, kind)
+    before = {path: path.read_bytes() for path in out_dir.iterdir()}
+    assert line in told(train, ["--resume", f"--out_dir={out_dir}", "--n_layer=2", "--n_embd=4", "--n_head=1"])
+    assert {path: path.read_bytes() for path in out_dir.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b"null", b"\xff"])
+def test_a_file_without_any_structure_is_one_line(small_run, tmp_path, content):
+    for file in ("json", "pt"):
+        out_dir = tmp_path / file
+        shutil.copytree(small_run, out_dir)
+        for name in ("config", *checkpoint.NAMES) if file == "json" else ():
+            (out_dir / f"{name}.json").write_bytes(content)
+        for path in out_dir.glob("*.pt") if file == "pt" else ():
+            path.write_bytes(content)
+        for name in checkpoint.NAMES if file == "pt" else ():
+            sha256 = data_module.sha256_of(next(out_dir.glob("*.pt")))
+            reseal(out_dir, name, lambda i, s=sha256: [f.update(sha256=s) for f in i["files"].values()] and None)
+        told(train, ["--resume", f"--out_dir={out_dir}"])
+        told(train, ["--eval_only", f"--out_dir={out_dir}"])
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory, dataset):
+    out_dir = tmp_path_factory.mktemp("small") / "run"
+    train.train(TrainConfig(
+        out_dir=str(out_dir), dataset=str(dataset), device="cpu", block_size=8, batch_size=2, n_layer=2, n_head=1,
+        n_embd=4, predictor_hidden=1, max_iters=3, eval_interval=1, eval_iters=1,
+    ))  # fmt: skip
+    return out_dir
+
+
+@pytest.mark.parametrize("pair", [("best", "last"), ("last", "previous"), ("best", "previous")])
+def test_exchanged_checkpoints_of_one_run_are_noticed(small_run, tmp_path, pair, capsys):
+    out_dir = tmp_path / "run"
+    shutil.copytree(small_run, out_dir)
+    a, b = (out_dir / f"{name}.json" for name in pair)
+    whole = {path: path.read_bytes() for path in (a, b)}
+    a.write_bytes(whole[b])
+    b.write_bytes(whole[a])
+    for name, other in (pair, pair[::-1]):
+        with pytest.raises(UserError, match=f"{name}.json is the checkpoint '{other}' under another name"):
+            checkpoint.read(out_dir, name)
+    argv = ["--resume", f"--out_dir={out_dir}"]
+    capsys.readouterr()
+    if "previous" not in pair:  # it is whole
+        train.main(argv)
+        out = capsys.readouterr().out
+        assert "last.json is the checkpoint 'best' under another name" in out and "at step 2" in out
+        assert checkpoint.read(out_dir, "best")["step"] and checkpoint.read(out_dir, "last")["step"] == 3
+    elif "last" in pair:
+        assert "last.json is the checkpoint 'previous' under another name" in told(train, argv)
+    else:
+        train.main(argv)
+        assert "The best checkpoint is lost" in capsys.readouterr().out
+
+
+def test_a_damaged_last_json_does_not_replace_a_whole_previous_one(small_run, tmp_path):
+    out_dir = tmp_path / "run"
+    shutil.copytree(small_run, out_dir)
+    (out_dir / "last.json").write_bytes(b"{")
+    model, info = checkpoint.load(out_dir, "previous", "cpu")
+    state = checkpoint.tensors(out_dir, info, "optimizer")
+    checkpoint.save(
+        out_dir, 7, model, state, False, {name: info[name] for name in ("data", "config", "versions", "rows")}
+    )
+    assert [checkpoint.read(out_dir, name)["step"] for name in ("last", "previous")] == [7, 2]
