@@ -97,6 +97,8 @@ def train(config):
     config = resolve(config)
     if config.eval_only:
         row, max_iters = evaluate_checkpoint(Path(config.out_dir), config.dataset, config.device, config.dtype)
+        if not math.isfinite(row["val_loss_causal"]):
+            raise UserError(f"the model in {config.out_dir} has the loss {row['val_loss_causal']}; use another one")
         print(report(row, max_iters))
         return [row]
     with ranks.main_first():
@@ -128,6 +130,7 @@ def train(config):
     with contextlib.ExitStack() as held, run.Stop() as stop:
         # Continue the run in out_dir, or move it aside. It is never overwritten.
         info = {"config": asdict(config), "asked": asked, "versions": versions(config.device), "data": meta}
+        info |= {"parameters": model.num_parameters(), "flops_per_step": step_flops}
         progress = run.Progress()
         with ranks.main_first():
             held.enter_context(run.only_run_in(out_dir))
@@ -137,8 +140,7 @@ def train(config):
                 run.keep_earlier_run(out_dir)
             if ranks.is_main():
                 # From here on the folder counts as a run, however early it ends.
-                size = {"parameters": model.num_parameters(), "flops_per_step": step_flops}
-                checkpoint.write_json(out_dir / "config.json", {**info, **size})
+                checkpoint.write_json(out_dir / "config.json", info)
                 run.write_metrics(out_dir, progress.rows)
         rows = progress.rows
         logger = None

@@ -222,13 +222,20 @@ def save(out_dir, model, stateful, progress, info, stop):
     sums = {name: getattr(progress, name) for name in ("loss_sum", "aux_sum", "train_seconds")}
     state = {**{name: part.state_dict() for name, part in stateful.items()}, "progress": sums}
     try:
+        if not (out_dir / "config.json").is_file():  # somebody deleted, emptied or renamed the folder
+            tqdm.write(f"step {step:,}: {out_dir} is not there any more; making it again")
+            out_dir.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(out_dir / "config.json", info)
+        if not (out_dir / "best.json").is_file():
+            progress.best = math.inf
         write_metrics(out_dir, rows)
         checkpoint.save(out_dir, step, model, state, loss < progress.best, {**info, "rows": rows})
     except (OSError, RuntimeError) as error:
         # PyTorch turns a full disk into a RuntimeError, and also a second Ctrl-C while it writes.
         if stop.again:
             raise KeyboardInterrupt(stop.AT_ONCE) from None
-        tqdm.write(f"step {step:,}: the checkpoint could not be saved ({error}); the one before it is whole")
+        before = "the one before it is whole" if (out_dir / "last.json").is_file() else "there is none before it"
+        tqdm.write(f"step {step:,}: the checkpoint could not be saved ({error}); {before}")
         with contextlib.suppress(UserError, OSError):
             progress.best = best_loss(out_dir, step)  # best.json may have been written, and only last.json not
     else:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -21,6 +22,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+import sample
 import train
 from data.shakespeare_char import prepare
 from helpers import ROOT, reseal, same, state_of, told
@@ -888,3 +890,72 @@ def test_a_damaged_last_json_does_not_replace_a_whole_previous_one(small_run, tm
         out_dir, 7, model, state, False, {name: info[name] for name in ("data", "config", "versions", "rows")}
     )
     assert [checkpoint.read(out_dir, name)["step"] for name in ("last", "previous")] == [7, 2]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+def test_a_model_that_predicts_nan_is_one_line(small_run, dataset, tmp_path, value, capsys):
+    out_dir = tmp_path / "run"
+    shutil.copytree(small_run, out_dir)
+    for name in checkpoint.NAMES:
+        reseal(out_dir, name, lambda c: c.update({"lm_head.weight": torch.full((28, 4), value)}), "model")
+    line = "of .*best.json are not finite" if value != 1e38 else "predicts NaN or infinity|has the loss (nan|inf)"
+    for temperature in (0.8, 0) if value != 1e38 else (0.8,):
+        argv = [f"--out_dir={out_dir}", "--device=cpu", f"--temperature={temperature}", "--max_new_tokens=3"]
+        assert re.search(line, told(sample, argv))
+    assert capsys.readouterr().out.strip() == ""
+    assert re.search(line, told(train, ["--eval_only", f"--out_dir={out_dir}", f"--dataset={dataset}"]))
+    if value != 1e38:
+        assert re.search(line, told(train, [f"--init_from={out_dir}", f"--dataset={dataset}", "--max_iters=1"]))
+        assert "last.json are not finite" in told(train, ["--resume", f"--out_dir={out_dir}"])
+
+
+@pytest.mark.parametrize("how", ["deleted", "renamed", "emptied"])
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_folder_that_is_gone_is_made_again_with_everything_in_it(tiny, how, step, monkeypatch, capsys):
+    config, whole, at = dataclasses.replace(tiny, max_iters=9), elsewhere(tiny, "whole"), train.learning_rate_at
+    train.train(dataclasses.replace(whole, max_iters=9))
+    out_dir, losses = Path(config.out_dir), iter([1.0, 3.0, 2.5, 2.0])
+    evaluate = train.evaluate
+
+    def gone(now, config):
+        if now == step and out_dir.exists() and not list(out_dir.parent.glob("elsewhere")):
+            shutil.copytree(out_dir, out_dir.with_name("elsewhere"))
+            if how == "emptied":
+                [path.unlink() for path in out_dir.iterdir()]
+            elif how == "renamed":
+                out_dir.rename(out_dir.with_name("mine"))
+            else:
+                shutil.rmtree(out_dir)
+        return at(now, config)
+
+    monkeypatch.setattr(train, "evaluate", lambda *a: evaluate(*a) | {"val_loss_causal": next(losses)})
+    monkeypatch.setattr(train, "learning_rate_at", gone)
+    capsys.readouterr()
+    train.train(config)
+    assert capsys.readouterr().out.count(f"step 6: {out_dir} is not there any more; making it again\n") == 1
+    saved = {name: checkpoint.read(out_dir, name) for name in checkpoint.NAMES}
+    assert [saved[name]["step"] for name in ("last", "previous", "best")] == [9, 6, 9]
+    assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == 4
+    original = json.loads((out_dir.with_name("elsewhere") / "config.json").read_text())
+    assert json.loads((out_dir / "config.json").read_text()) == original
+    assert same(state_of(config)[1], state_of(whole)[1])
+
+
+def test_a_first_checkpoint_that_cannot_be_saved_is_not_said_to_have_one_before_it(tiny, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(UserError, match="could not be saved; free disk space"):
+        train.train(tiny)
+    out = capsys.readouterr().out
+    assert out.count("; there is none before it\n") == 4 and "is whole" not in out
+
+
+def test_a_run_without_a_checkpoint_is_told_to_start_again(tiny, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(tiny)
+    line = told(train, ["--resume", f"--out_dir={tiny.out_dir}"])
+    assert "last.json: the run has not saved one; start it again without --resume" in line and "preset" not in line
+    assert "config/" not in line and "config/" not in told(sample, [f"--out_dir={tiny.out_dir}"])
