@@ -12,7 +12,6 @@ under names that no JSON uses yet, and last.json at the end. So a kill at any mo
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -23,7 +22,7 @@ import torch
 
 from mode import build, config_class
 from support import untrusted
-from support.data import sha256_of
+from support.data import sha256_of, sha256_of_json
 from support.options import UserError, command, printable
 from support.untrusted import reason_of
 
@@ -58,7 +57,7 @@ def save_best(out_dir, model, info):
 def commit(out_dir, name, info):
     """Write NAME.json; from here on it is the checkpoint NAME."""
     info = {**info, "format": FORMAT, "role": name}
-    write_json(out_dir / f"{name}.json", {**info, "sha256": _checksum(info)})
+    write_json(out_dir / f"{name}.json", {**info, "sha256": sha256_of_json(info)})
 
 
 def read(out_dir, name):
@@ -80,7 +79,7 @@ def contents(out_dir, name):
         info = json.loads(path.read_text(encoding="utf-8"))
         found = info["format"]
         checksum = info.pop("sha256") if found in READABLE else None
-        right = checksum == _checksum(info)
+        right = checksum == sha256_of_json(info)
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"{path} is damaged: it is not the JSON of a checkpoint; train again or use another") from None
     if found not in READABLE:
@@ -226,8 +225,3 @@ def _save_tensors(out_dir, name, content):
     names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
     path = next(path for path in (out_dir / f"{name}.pt" for name in names) if not path.exists())
     return {"name": path.name, "sha256": write_whole(path, lambda file: torch.save(content, file))}
-
-
-def _checksum(content):
-    """The SHA-256 of a JSON's contents, whatever their order and spacing in the file."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()

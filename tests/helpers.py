@@ -9,7 +9,7 @@ import torch
 
 import train
 from support import checkpoint
-from support.data import sha256_of
+from support.data import sha256_of, sha256_of_json
 
 torch.set_num_threads(1)  # as in conftest.py, which the processes that a test starts do not import
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,4 +80,4 @@ def reseal(out_dir, name, change, kind=None):
     else:
         changed = change(info)
         info = info if changed is None else changed
-    path.write_text(json.dumps({**info, "sha256": checkpoint._checksum(info)}), encoding="utf-8")
+    path.write_text(json.dumps({**info, "sha256": sha256_of_json(info)}), encoding="utf-8")

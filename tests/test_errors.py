@@ -77,8 +77,8 @@ def place(tmp_path_factory, dataset):
         path = place / name / file
         path.write_bytes(change(path.read_bytes()))
 
-    def with_meta(**changes):
-        return lambda raw: json.dumps({**json.loads(raw), **changes}).encode()
+    def with_meta(**changes):  # as an earlier version wrote it, without a hash of its own
+        return lambda raw: json.dumps({**json.loads(raw), **changes, "meta_sha256": None}).encode()
 
     val = np.frombuffer((place / "set" / "val.bin").read_bytes(), dtype="<u2").copy()
     val[3] = 28
@@ -89,6 +89,11 @@ def place(tmp_path_factory, dataset):
     data_set("set_json", "meta.json", lambda raw: b"{")
     data_set("set_dtype", "meta.json", with_meta(dtype="<u4"))
     data_set("set_vocab", "meta.json", with_meta(vocab_size=29))
+    data_set("set_tokenizer", "meta.json", with_meta(tokenizer="bpe"))
+    data_set("set_words", "meta.json", with_meta(vocab="".join(map(chr, range(97, 125)))))
+    data_set("set_edited", "meta.json", lambda raw: raw.replace(b"text.txt", b"texts.tx"))
+    data_set("set_nested", "meta.json", lambda raw: b"[" * 100_000)
+    data_set("set_list", "meta.json", lambda raw: b"[]")
     sha256 = json.loads((place / "set" / "meta.json").read_text())["sha256"]
     sha256["val"] = hashlib.sha256(val.tobytes()).hexdigest()
     data_set("set_beyond", "meta.json", with_meta(sha256=sha256))
@@ -227,7 +232,16 @@ ROWS = [
     ),
     ("train", "... --dataset=set_json", "is damaged ("),
     ("train", "... --dataset=set_dtype", "meta.json gives the type '<u4', this version reads '<u2'"),
-    ("train", "... --dataset=set_vocab", "meta.json gives two sizes of the vocabulary"),
+    ("train", "... --dataset=set_vocab", "(vocab_size is 29, the vocabulary has 28 characters); run prepare.py again"),
+    (
+        "train",
+        "... --dataset=set_tokenizer",
+        "(the tokenizer is 'bpe', this version has char and gpt2); run prepare.py",
+    ),
+    ("train", "... --dataset=set_words", "(the vocabulary is no list of characters); run prepare.py again"),
+    ("train", "... --dataset=set_edited", "(the SHA-256 of meta.json is not the one that it states); run prepare.py"),
+    ("train", "... --dataset=set_nested", "is damaged ("),
+    ("train", "... --dataset=set_list", "is damaged ("),
     ("train", "... --dataset=set_beyond", "val.bin holds the token 28, beyond vocab_size 28"),
     ("train", "... --eval_only --out_dir=none", "no checkpoint"),
     ("train", "... --eval_only --out_dir=run --dataset=other_set", "name the run's data set with --dataset"),
