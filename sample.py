@@ -79,7 +79,12 @@ def sample(config):
 
     printer = depth.DepthPrinter(len(layers)) if config.show_depth else depth.PlainPrinter()
     printer.legend()
-    texts, taken, seconds, cache_bytes = follow(model, prompt, tokenizer, config, printer)
+    try:
+        texts, taken, seconds, cache_bytes = follow(model, prompt, tokenizer, config, printer)
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise UserError(f"the model in {config.out_dir} predicts NaN or infinity; use another one") from None
     unread = len(texts[0]) - taken.size(2)
     depths = [[None] * unread + row for row in taken.sum(dim=0).tolist()]
     for text, row in zip(texts[1:], depths[1:]):

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from mode import MoDEConfig, build, config_class
-from support import checkpoint, ranks, run
+from support import checkpoint, options, ranks, run
 from support.data import load_dataset, seed_of, training_batch
 from support.evaluation import autocast, bits_per_byte, evaluate, evaluate_checkpoint
 from support.options import UserError, at_least, command, errors_in_one_line, load, pick_device, pick_dtype, printable
@@ -98,6 +98,8 @@ def train(config):
     config = resolve(config)
     if config.eval_only:
         row, max_iters = evaluate_checkpoint(Path(config.out_dir), config.dataset, config.device, config.dtype)
+        if not math.isfinite(row["val_loss_causal"]):
+            raise UserError(f"the model in {config.out_dir} has the loss {row['val_loss_causal']}; use another one")
         print(report(row, max_iters))
         return [row]
     with ranks.main_first():
@@ -129,6 +131,7 @@ def train(config):
     with contextlib.ExitStack() as held, run.Stop() as stop:
         # Continue the run in out_dir, or move it aside. It is never overwritten.
         info = {"config": asdict(config), "asked": asked, "versions": versions(config.device), "data": meta}
+        info |= {"parameters": model.num_parameters(), "flops_per_step": step_flops}
         progress = run.Progress()
         with ranks.main_first():
             held.enter_context(run.only_run_in(out_dir))
@@ -138,8 +141,7 @@ def train(config):
                 run.keep_earlier_run(out_dir)
             if ranks.is_main():
                 # From here on the folder counts as a run, however early it ends.
-                size = {"parameters": model.num_parameters(), "flops_per_step": step_flops}
-                checkpoint.write_json(out_dir / "config.json", {**info, **size})
+                checkpoint.write_json(out_dir / "config.json", info)
                 run.write_metrics(out_dir, progress.rows)
         rows = progress.rows
         logger = None
@@ -298,7 +300,8 @@ def options_of_the_run(preset, given):
             f"nothing to resume in {out_dir}: it has no config.json of a run; name the run's folder with --out_dir, "
             + advice
         )
-    saved = {field.name: saved[field.name] for field in dataclasses.fields(TrainConfig) if field.name in saved}
+    fields = [field for field in dataclasses.fields(TrainConfig) if field.name in saved]
+    saved = {field.name: options.convert(field, saved[field.name], f"{out_dir}: {field.name}") for field in fields}
     if {"max_iters", "flop_budget"} & given.keys():  # either one replaces the run's old length
         saved |= {"max_iters": 0, "flop_budget": 0.0}
     return {**saved, **given, "out_dir": out_dir}

@@ -6,13 +6,12 @@ Checkpoints: JSON files that name the files of their tensors.
     best.json        model-500.pt                      the lowest causal loss so far, for sample.py
 
 (model-500-2.pt: step 500 was saved twice, before and after a stop.)
-Each JSON holds the model's config, the tokenizer, the step, and the SHA-256 of each file and of itself. They are
-checked before anything is loaded, because PyTorch does not notice flipped bits. A save writes its .pt files first,
+Each JSON holds its name, the model's config, the tokenizer, the step, and the SHA-256 of each file and of itself. They
+are checked before anything is loaded, because PyTorch does not notice flipped bits. A save writes its .pt files first,
 under names that no JSON uses yet, and last.json at the end. So a kill at any moment leaves whole checkpoints.
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -22,11 +21,13 @@ from dataclasses import asdict
 import torch
 
 from mode import build, config_class
-from support.data import sha256_of
+from support import untrusted
+from support.data import sha256_of, sha256_of_json
 from support.options import UserError, command, printable
+from support.untrusted import reason_of
 
-FORMAT = 3
-READABLE = (2, 3)  # the formats that `read` understands
+FORMAT = 4  # 4 adds the role, which is the JSON's name
+READABLE = (2, 3, 4)  # the formats that `read` understands
 NAMES = ("last", "previous", "best")
 
 
@@ -37,31 +38,38 @@ def save(out_dir, step, model, training_state, is_best, info):
     training_state: a dict of what else resuming needs (tensors, numbers, containers of them). Raises OSError or
     RuntimeError if the disk fails. Every checkpoint is then whole, old or new.
     """
-    info = {"format": FORMAT, "step": step, "model": asdict(model.config), **info}
+    info = {"step": step, "model": asdict(model.config), **info}
     files = {"model": _save_tensors(out_dir, f"model-{step}", model.state_dict())}
     files["optimizer"] = _save_tensors(out_dir, f"optimizer-{step}", training_state)
     if is_best:
         commit(out_dir, "best", {**info, "files": {"model": files["model"]}})
-    last = out_dir / "last.json"
-    if last.is_file():
-        write_whole(out_dir / "previous.json", lambda file: file.write(last.read_bytes()))
+    with contextlib.suppress(UserError):  # there is no last.json yet, or it is damaged
+        commit(out_dir, "previous", contents(out_dir, "last"))
     commit(out_dir, "last", {**info, "files": files})
 
 
 def save_best(out_dir, model, info):
     """Save only a model, to sample from or to start from."""
-    info = {"format": FORMAT, "step": 0, "model": asdict(model.config), **info}
+    info = {"step": 0, "model": asdict(model.config), **info}
     commit(out_dir, "best", {**info, "files": {"model": _save_tensors(out_dir, "model-0", model.state_dict())}})
 
 
 def commit(out_dir, name, info):
     """Write NAME.json; from here on it is the checkpoint NAME."""
-    write_json(out_dir / f"{name}.json", {**info, "sha256": _checksum(info)})
+    info = {**info, "format": FORMAT, "role": name}
+    write_json(out_dir / f"{name}.json", {**info, "sha256": sha256_of_json(info)})
 
 
 def read(out_dir, name):
-    """The contents of NAME.json. Raises UserError if it or one of its files is missing or damaged."""
+    """The contents of NAME.json. Raises UserError if it or one of its files is missing, damaged or nonsense."""
+    return _read(out_dir, name)[0]
+
+
+def contents(out_dir, name):
+    """As `read`, without a look at the .pt files."""
     path = out_dir / f"{name}.json"
+    if not path.is_file() and (out_dir / "config.json").is_file():
+        raise UserError(f"no checkpoint {path}: the run has not saved one; start it again without --resume")
     if not path.is_file():
         raise UserError(
             f"no checkpoint {path}; name another folder with --out_dir, "
@@ -71,20 +79,40 @@ def read(out_dir, name):
         info = json.loads(path.read_text(encoding="utf-8"))
         found = info["format"]
         checksum = info.pop("sha256") if found in READABLE else None
-    except (ValueError, TypeError, KeyError):
+        right = checksum == sha256_of_json(info)
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"{path} is damaged: it is not the JSON of a checkpoint; train again or use another") from None
     if found not in READABLE:
-        raise UserError(f"{path} has format {found!r}, this version of the code reads 2 and 3; train again")
-    if checksum != _checksum(info):
+        raise UserError(f"{path} has format {found!r}, this version of the code reads 2 to {FORMAT}; train again")
+    if not right:
         raise UserError(f"{path} is damaged: its SHA-256 differs from the one it states; train again or use another")
+    role = info.pop("role", None) if found >= 4 else name
+    if role != name:
+        raise UserError(f"{path} is the checkpoint {role!r} under another name; give exchanged files their names back")
+    try:
+        untrusted.check_contents(info, name)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, UserError) as error:
+        raise UserError(f"{path} is not from train.py ({reason_of(error)}); train again or use another") from None
+    return {**info, **{part: with_variant(info[part]) for part in ("model", "config") if part in info}}
+
+
+def _read(out_dir, name):
+    """The contents of NAME.json and the model's tensors."""
+    info, path = contents(out_dir, name), out_dir / f"{name}.json"
     for file in info["files"].values():
         weights = out_dir / file["name"]
         if not weights.is_file():
             raise UserError(f"{weights} is missing, {path.name} needs it; train again or use another checkpoint")
         if sha256_of(weights) != file["sha256"]:
             raise UserError(f"{weights} is damaged: its SHA-256 is not the one in {path.name}")
-    options = {part: with_variant(info[part]) for part in ("model", "config") if part in info}
-    return {**info, **options, "format": FORMAT}
+    weights = tensors(out_dir, info, "model")
+    try:
+        untrusted.check_model(info["model"], weights)
+    except Exception as error:  # building a model from nonsense raises many kinds
+        raise UserError(f"the weights and the model in {path} do not fit together: {reason_of(error)}") from None
+    if not all(w.isfinite().all() for w in weights.values()):
+        raise UserError(f"the weights of {path} are not finite (NaN or infinite), so it predicts nothing; use another")
+    return info, weights
 
 
 def with_variant(options):
@@ -97,13 +125,9 @@ def with_variant(options):
 
 def load(out_dir, name, device):
     """The model on `device` in evaluation mode, and the contents of its JSON. Raises UserError if one is damaged."""
-    info = read(out_dir, name)
-    try:
-        model = build(config_class(info["model"])(**info["model"]))
-        model.load_state_dict(tensors(out_dir, info, "model"))
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the weights and the model in {out_dir / name}.json do not fit together: {reason}") from None
+    info, weights = _read(out_dir, name)
+    model = build(config_class(info["model"])(**info["model"]))
+    model.load_state_dict(weights)
     return model.to(device).eval(), info
 
 
@@ -142,16 +166,17 @@ def start_from(folder, model, meta):
 def differences(before, now, names=None):
     """Which of these options changed, as text. names: default those in both."""
     changed = [name for name in now if name in (names or before) and before.get(name) != now[name]]
-    return ", ".join(f"{name} was {before[name]}, now {now[name]}" for name in changed)
+    text = ", ".join(f"{name} was {before[name]}, now {now[name]}" for name in changed)
+    return " ".join(printable(text).split())
 
 
 def tensors(out_dir, info, kind):
     """The contents of a checkpoint's file, "model" or "optimizer". Loading it cannot run code."""
     path = out_dir / info["files"][kind]["name"]
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # PyTorch raises many kinds, depending on what is wrong with the file
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"{path} holds no tensors that can be loaded safely ({reason}); do not use it") from None
 
 
@@ -160,12 +185,12 @@ def remove_unused(out_dir):
     used = set()
     for path in (out_dir / f"{name}.json" for name in NAMES):
         try:
-            if path.exists():
+            if path.is_file():
                 used |= {file["name"] for file in json.loads(path.read_bytes())["files"].values()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return  # a damaged JSON may name any file
     for path in out_dir.glob("*.pt*"):
-        if re.fullmatch(r"(model|optimizer)-\d+(-\d+)?\.pt(\.tmp)?", path.name) and path.name not in used:
+        if re.fullmatch(rf"{untrusted.FILE}(\.tmp)?", path.name) and path.name not in used:
             with contextlib.suppress(OSError):  # on Windows, while another program has it open; deleted next time
                 path.unlink()
 
@@ -183,7 +208,8 @@ def write_whole(path, write):
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # in a stranger's folder it may be a link to any file
+        with open(temporary, "xb") as file:  # exclusively, which follows no link
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -199,8 +225,3 @@ def _save_tensors(out_dir, name, content):
     names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
     path = next(path for path in (out_dir / f"{name}.pt" for name in names) if not path.exists())
     return {"name": path.name, "sha256": write_whole(path, lambda file: torch.save(content, file))}
-
-
-def _checksum(content):
-    """The SHA-256 of a JSON's contents, whatever their order and spacing in the file."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()

@@ -41,7 +41,9 @@ def commit(out, parts, meta):
         meta["val_bytes_per_token"] = float(np.array(lengths)[val].mean())
         del val  # on Windows a mapped file cannot be moved
     temporary = parts["train"].with_name("meta.json.part")
-    temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    temporary.unlink(missing_ok=True)  # opened exclusively, so that no link is followed
+    with open(temporary, "x", encoding="utf-8") as file:
+        json.dump({**meta, "meta_sha256": sha256_of_json(meta)}, file, indent=1)
     # After a kill in between, the hashes in meta.json do not match, and train.py refuses the data set.
     for split in SPLITS:
         parts[split].replace(out / f"{split}.bin")
@@ -58,6 +60,10 @@ def load(folder, check=True):
     """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        # A data set of an earlier version lacks this hash. It still counts, because OpenWebText takes hours to prepare.
+        own = meta.pop("meta_sha256", None)
+        if own not in (None, sha256_of_json(meta)):
+            raise ValueError("the SHA-256 of meta.json is not the one that it states")
         if meta["dtype"] != DTYPE:
             raise ValueError(f"meta.json gives the type {meta['dtype']!r}, this version reads {DTYPE!r}")
         data = {split: np.memmap(folder / f"{split}.bin", dtype=DTYPE, mode="r") for split in SPLITS}
@@ -67,10 +73,10 @@ def load(folder, check=True):
         for split, tokens in data.items():
             if check and hashlib.sha256(tokens).hexdigest() != meta["sha256"][split]:
                 raise ValueError(f"the SHA-256 of {split}.bin is not the one in meta.json")
-        if meta["tokenizer"] == "char" and len(meta["vocab"]) != meta["vocab_size"]:
-            raise ValueError("meta.json gives two sizes of the vocabulary")
-        meta["source"], meta["text_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        check_tokens(meta)
+        if type(meta["source"]) is not str or type(meta["text_sha256"]) is not str:
+            raise TypeError("meta.json does not say where the text is from")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"the data in {folder} is damaged ({error}); run prepare.py again") from None
     return meta, data
 
@@ -98,6 +104,11 @@ def sha256_of(path):
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_of_json(content):
+    """The SHA-256 of a JSON's contents, whatever their order and spacing in the file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 # For training and evaluation
@@ -248,7 +259,22 @@ class GPT2Tokenizer(Tokenizer):
 
 
 def tokenizer_of(meta):
+    """The tokenizer of a data set. Raises ValueError for an unknown one."""
+    check_tokens(meta)
     return CharTokenizer(meta["vocab"]) if meta["tokenizer"] == "char" else GPT2Tokenizer()
+
+
+def check_tokens(meta):
+    """Raise ValueError unless `meta` names a tokenizer of ours and, for characters, holds its vocabulary."""
+    name, vocab, size = meta["tokenizer"], meta.get("vocab"), meta["vocab_size"]
+    if name not in ("char", "gpt2"):
+        raise ValueError(f"the tokenizer is {name!r}, this version has char and gpt2")
+    if type(size) is not int or size < 1:
+        raise ValueError(f"vocab_size is {size!r}")
+    if name == "char" and not (type(vocab) is list and all(type(character) is str for character in vocab)):
+        raise ValueError("the vocabulary is no list of characters")
+    if name == "char" and not len(set(vocab)) == len(vocab) == size:
+        raise ValueError(f"vocab_size is {size}, the vocabulary has {len(set(vocab))} characters")
 
 
 def gpt2_encoding():

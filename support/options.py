@@ -104,7 +104,7 @@ def load(options_class, argv, description, preset=False, combine=lambda preset, 
         raise UserError(f"unknown option {name}{hint}")
     given = vars(given)
     path = given.pop("preset", None)
-    given = {name: _convert(fields[name], value, f"--{name}") for name, value in given.items()}
+    given = {name: convert(fields[name], value, f"--{name}") for name, value in given.items()}
 
     in_preset, in_cpu_part = _read_preset(path, fields) if path is not None else ({}, {})
     if in_cpu_part and pick_device({**in_preset, **given}.get("device", "auto")) == "cpu" and not given.get("resume"):
@@ -193,12 +193,11 @@ def _read_preset(path, fields):
         if name not in fields:
             raise UserError(f"{path}: unknown option {name!r}{_nearest(name, fields)}")
     return tuple(
-        {name: _convert(fields[name], value, f"{path}: {name}") for name, value in part.items()}
-        for part in (names, cpu)
+        {name: convert(fields[name], value, f"{path}: {name}") for name, value in part.items()} for part in (names, cpu)
     )
 
 
-def _convert(field, value, where):
+def convert(field, value, where):
     """`value`, a text from the command line or a value from a preset, as the field's type."""
     if choices := get_args(field.type):
         matches = [choice for choice in choices if choice.lower() == str(value).lower()]

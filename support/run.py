@@ -16,8 +16,9 @@ from pathlib import Path
 import filelock
 from tqdm import tqdm
 
-from support import checkpoint, ranks
+from support import checkpoint, ranks, untrusted
 from support.options import UserError
+from support.untrusted import reason_of
 
 
 @dataclass
@@ -53,10 +54,12 @@ def saved_options(out_dir):
         try:
             info, _ = last_whole(out_dir)
         except UserError:
+            if not (out_dir / "config.json").is_file():  # opening a pipe would wait forever
+                return None
             info = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
         options = checkpoint.with_variant(info["config"])
         return {**options, **info.get("asked", {})}  # "auto" may mean something else where the run is resumed
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -98,7 +101,10 @@ def only_run_in(out_dir):
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The lock is beside the folder, because the folder may be moved aside; inside, if it is one that cannot be moved.
     movable = not os.path.ismount(folder) and os.access(folder.parent, os.W_OK)
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock") if movable else folder / LOCK, timeout=0)
+    path = folder.with_name(f".{folder.name}.lock") if movable else folder / LOCK
+    if path.is_symlink():  # opening the lock empties the file
+        raise UserError(f"{path} is a link, a lock must be a file of its own; delete the link")
+    lock = filelock.FileLock(path, timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -123,7 +129,7 @@ def keep_earlier_run(out_dir):
     if found:
         folder = out_dir.resolve()  # move the folder, not a link to it: the link may lead to a larger disk
         asides = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
-        aside = next(path for path in asides if not path.exists())
+        aside = next(path for path in asides if not os.path.lexists(path))
         try:
             folder.rename(aside)  # in one move, so that a kill cannot leave half of the run behind
         except OSError:
@@ -138,7 +144,8 @@ def move_contents(folder):
     contents = [path for path in folder.iterdir() if path.name != LOCK and not re.fullmatch(EARLIER, path.name)]
     contents.sort(key=lambda path: path.name == "config.json")  # last: after a kill, the next start moves the rest
     asides = (folder / f"earlier.{number}" for number in itertools.count(1))
-    aside = next(aside for aside in asides if not any((aside / path.name).exists() for path in contents))
+    names = [path.name for path in contents]
+    aside = next(a for a in asides if not a.is_symlink() and not any(os.path.lexists(a / name) for name in names))
     aside.mkdir(exist_ok=True)
     for path in contents:
         path.rename(aside / path.name)
@@ -177,9 +184,15 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
     changed = checkpoint.differences({**before, **here, **found["versions"]}, {**now, **info["versions"]})
     if changed:
         print(f"Not exactly the run that stopped: {changed}")
-    state = checkpoint.tensors(out_dir, found, "optimizer")
-    model.load_state_dict(checkpoint.tensors(out_dir, found, "model"))
-    state["optimizer"]["param_groups"] = stateful["optimizer"].state_dict()["param_groups"]  # options may have changed
+    weights, state = (checkpoint.tensors(out_dir, found, kind) for kind in ("model", "optimizer"))
+    try:
+        untrusted.check_optimizer(state, found["step"], **stateful)
+    except Exception as error:  # nonsense raises many kinds
+        raise UserError(
+            f"{out_dir / found['files']['optimizer']['name']} does not fit the run ({reason_of(error)}); "
+            "start a new run from its weights with --init_from"
+        ) from None
+    model.load_state_dict(weights)
     for name, part in stateful.items():
         if state.get(name):  # a scaler that was not in use has an empty state
             part.load_state_dict(state[name])
@@ -209,13 +222,20 @@ def save(out_dir, model, stateful, progress, info, stop):
     sums = {name: getattr(progress, name) for name in ("loss_sum", "aux_sum", "train_seconds")}
     state = {**{name: part.state_dict() for name, part in stateful.items()}, "progress": sums}
     try:
+        if not (out_dir / "config.json").is_file():  # somebody deleted, emptied or renamed the folder
+            tqdm.write(f"step {step:,}: {out_dir} is not there any more; making it again")
+            out_dir.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(out_dir / "config.json", info)
+        if not (out_dir / "best.json").is_file():
+            progress.best = math.inf
         write_metrics(out_dir, rows)
         checkpoint.save(out_dir, step, model, state, loss < progress.best, {**info, "rows": rows})
     except (OSError, RuntimeError) as error:
         # PyTorch turns a full disk into a RuntimeError, and also a second Ctrl-C while it writes.
         if stop.again:
             raise KeyboardInterrupt(stop.AT_ONCE) from None
-        tqdm.write(f"step {step:,}: the checkpoint could not be saved ({error}); the one before it is whole")
+        before = "the one before it is whole" if (out_dir / "last.json").is_file() else "there is none before it"
+        tqdm.write(f"step {step:,}: the checkpoint could not be saved ({error}); {before}")
         with contextlib.suppress(UserError, OSError):
             progress.best = best_loss(out_dir, step)  # best.json may have been written, and only last.json not
     else:

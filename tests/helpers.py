@@ -9,6 +9,7 @@ import torch
 
 import train
 from support import checkpoint
+from support.data import sha256_of, sha256_of_json
 
 torch.set_num_threads(1)  # as in conftest.py, which the processes that a test starts do not import
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,3 +61,23 @@ def same(a, b):
 
 def offline(url, timeout):
     raise OSError("Name or service not known")
+
+
+def reseal(out_dir, name, change, kind=None):
+    """
+    Change a checkpoint and set its hashes right, as a stranger could. change(x) changes x in place or returns another:
+    the JSON's contents or, with kind "model" or "optimizer", what that file holds.
+    """
+    path = Path(out_dir) / f"{name}.json"
+    info = json.loads(path.read_text(encoding="utf-8"))
+    del info["sha256"]
+    if kind:
+        file = info["files"][kind]
+        content = torch.load(path.with_name(file["name"]), weights_only=True)
+        changed = change(content)
+        torch.save(content if changed is None else changed, path.with_name(file["name"]))
+        file["sha256"] = sha256_of(path.with_name(file["name"]))
+    else:
+        changed = change(info)
+        info = info if changed is None else changed
+    path.write_text(json.dumps({**info, "sha256": sha256_of_json(info)}), encoding="utf-8")

@@ -77,8 +77,8 @@ def place(tmp_path_factory, dataset):
         path = place / name / file
         path.write_bytes(change(path.read_bytes()))
 
-    def with_meta(**changes):
-        return lambda raw: json.dumps({**json.loads(raw), **changes}).encode()
+    def with_meta(**changes):  # as an earlier version wrote it, without a hash of its own
+        return lambda raw: json.dumps({**json.loads(raw), **changes, "meta_sha256": None}).encode()
 
     val = np.frombuffer((place / "set" / "val.bin").read_bytes(), dtype="<u2").copy()
     val[3] = 28
@@ -89,6 +89,11 @@ def place(tmp_path_factory, dataset):
     data_set("set_json", "meta.json", lambda raw: b"{")
     data_set("set_dtype", "meta.json", with_meta(dtype="<u4"))
     data_set("set_vocab", "meta.json", with_meta(vocab_size=29))
+    data_set("set_tokenizer", "meta.json", with_meta(tokenizer="bpe"))
+    data_set("set_words", "meta.json", with_meta(vocab="".join(map(chr, range(97, 125)))))
+    data_set("set_edited", "meta.json", lambda raw: raw.replace(b"text.txt", b"texts.tx"))
+    data_set("set_nested", "meta.json", lambda raw: b"[" * 100_000)
+    data_set("set_list", "meta.json", lambda raw: b"[]")
     sha256 = json.loads((place / "set" / "meta.json").read_text())["sha256"]
     sha256["val"] = hashlib.sha256(val.tobytes()).hexdigest()
     data_set("set_beyond", "meta.json", with_meta(sha256=sha256))
@@ -113,7 +118,7 @@ def place(tmp_path_factory, dataset):
     damaged("run_json", "best.json", lambda raw: b"{")
     damaged("run_list", "best.json", lambda raw: b"[]")
     damaged("run_edited", "best.json", lambda raw: raw.replace(b'"step": 3', b'"step": 4'))
-    damaged("run_format", "best.json", lambda raw: raw.replace(b'"format": 3', b'"format": 99'))
+    damaged("run_format", "best.json", lambda raw: raw.replace(b'"format": 4', b'"format": 99'))
     damaged("run_swapped", "best.json", lambda raw: (place / "dense" / "best.json").read_bytes())
     damaged("run_resume", "last.json", lambda raw: b"")
     (place / "run_resume" / "previous.json").write_bytes(b"")
@@ -229,7 +234,16 @@ ROWS = [
     ),
     ("train", "... --dataset=set_json", "is damaged ("),
     ("train", "... --dataset=set_dtype", "meta.json gives the type '<u4', this version reads '<u2'"),
-    ("train", "... --dataset=set_vocab", "meta.json gives two sizes of the vocabulary"),
+    ("train", "... --dataset=set_vocab", "(vocab_size is 29, the vocabulary has 28 characters); run prepare.py again"),
+    (
+        "train",
+        "... --dataset=set_tokenizer",
+        "(the tokenizer is 'bpe', this version has char and gpt2); run prepare.py",
+    ),
+    ("train", "... --dataset=set_words", "(the vocabulary is no list of characters); run prepare.py again"),
+    ("train", "... --dataset=set_edited", "(the SHA-256 of meta.json is not the one that it states); run prepare.py"),
+    ("train", "... --dataset=set_nested", "is damaged ("),
+    ("train", "... --dataset=set_list", "is damaged ("),
     ("train", "... --dataset=set_beyond", "val.bin holds the token 28, beyond vocab_size 28"),
     ("train", "... --eval_only --out_dir=none", "no checkpoint"),
     ("train", "... --eval_only --out_dir=run --dataset=other_set", "name the run's data set with --dataset"),
@@ -295,7 +309,7 @@ ROWS = [
     ("sample", "--out_dir=run_json", "is damaged: it is not the JSON of a checkpoint; train again or use another"),
     ("sample", "--out_dir=run_list", "is damaged: it is not the JSON of a checkpoint"),
     ("sample", "--out_dir=run_edited", "best.json is damaged: its SHA-256 differs from the one it states"),
-    ("sample", "--out_dir=run_format", "has format 99, this version of the code reads 2 and 3; train again"),
+    ("sample", "--out_dir=run_format", "has format 99, this version of the code reads 2 to 4; train again"),
     ("sample", "--out_dir=run_swapped", "is damaged: its SHA-256 is not the one in best.json"),
     ("sample", "--out_dir=run_shape", "do not fit together"),
     ("sample", "--out_dir=run_code", "holds no tensors that can be loaded safely"),

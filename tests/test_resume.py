@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -18,11 +19,13 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from hypothesis import strategies as st
 
+import sample
 import train
 from data.shakespeare_char import prepare
-from helpers import ROOT, same, state_of, told
+from helpers import ROOT, reseal, same, state_of, told
 from support import checkpoint
 from support import data as data_module
 from support import run as run_module
@@ -304,8 +307,8 @@ def test_a_best_checkpoint_of_repeated_steps_does_not_count(tiny, monkeypatch):
     """After a kill between best.json and last.json, the best checkpoint is later than the last one."""
     train.train(tiny)
     out_dir = Path(tiny.out_dir)
-    shutil.copyfile(out_dir / "last.json", out_dir / "best.json")
-    shutil.copyfile(out_dir / "previous.json", out_dir / "last.json")
+    checkpoint.commit(out_dir, "best", checkpoint.read(out_dir, "last"))
+    checkpoint.commit(out_dir, "last", checkpoint.read(out_dir, "previous"))
     train.train(dataclasses.replace(tiny, resume=True))
     best = checkpoint.read(out_dir, "best")
     assert best["step"] == 6 and best["files"]["model"] == checkpoint.read(out_dir, "last")["files"]["model"]
@@ -658,15 +661,6 @@ def test_a_step_that_is_saved_twice_leaves_both_checkpoints_whole(tiny):
     assert last["step"] == previous["step"] == 6 and last["rows"][-1]["step"] == 6
 
 
-def saved_as(out_dir, change):
-    """Change the JSONs of a run and their hashes, as if another version of the code had saved it."""
-    for name in checkpoint.NAMES:
-        info = json.loads((Path(out_dir) / f"{name}.json").read_text(encoding="utf-8"))
-        del info["sha256"]
-        change(info)
-        checkpoint.commit(Path(out_dir), name, info)
-
-
 @pytest.mark.parametrize("variant, selection", [("", "learned"), ("stochastic", "stochastic")])
 def test_a_run_of_format_2_is_read_and_resumed(tiny, variant, selection):
     whole = dataclasses.replace(tiny, variant=variant)
@@ -678,11 +672,13 @@ def test_a_run_of_format_2_is_read_and_resumed(tiny, variant, selection):
 
     def before(info):
         info["format"] = 2
+        del info["role"]
         for part in ("model", "config"):
             del info[part]["variant"]
             info[part]["selection"] = selection
 
-    saved_as(half.out_dir, before)
+    for name in checkpoint.NAMES:
+        reseal(half.out_dir, name, before)
     assert checkpoint.load(Path(half.out_dir), "best", "cpu")[0].config.variant == variant
     train.main(["--resume", f"--out_dir={half.out_dir}"])
     assert same(state_of(half), state_of(whole))
@@ -695,7 +691,8 @@ def test_an_option_that_did_not_exist_when_a_run_was_saved_counts_as_its_default
     def before(info):
         del info["model"]["variant"], info["config"]["variant"], info["config"]["grad_clip"]
 
-    saved_as(tiny.out_dir, before)
+    for name in checkpoint.NAMES:
+        reseal(tiny.out_dir, name, before)
     resume = ["--resume", f"--out_dir={tiny.out_dir}"]
     assert "another model: variant was , now sigmoid_gate" in told(train, [*resume, "--variant=sigmoid_gate"])
     capsys.readouterr()
@@ -711,3 +708,281 @@ def test_on_resume_a_preset_only_says_which_folder(tiny, tmp_path, capsys):
     last = checkpoint.read(Path(tiny.out_dir), "last")
     assert (last["step"], last["config"]["dropout"], last["config"]["n_embd"]) == (8, 0.0, 16)
     assert "switches to" not in capsys.readouterr().out
+
+
+# A stranger's folder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_no_write_follows_a_link_in_out_dir(tiny, tmp_path, monkeypatch):
+    """An untrusted out_dir may hold a link under each name that a run writes, also the temporary ones."""
+    whole = elsewhere(tiny, "whole")
+    written, replace = {"run.lock"}, os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda a, b: (written.update({Path(a).name, Path(b).name}), replace(a, b)))
+        train.train(whole)
+    config, out_dir = dataclasses.replace(tiny, max_iters=9, resume=True), Path(tiny.out_dir)
+    assert {"metrics.jsonl.tmp", "config.json.tmp", "previous.json.tmp", "best.json", "model-6.pt.tmp"} <= written
+    treasure = tmp_path / "treasure"
+    treasure.write_text("precious")
+    shutil.copytree(whole.out_dir, out_dir)
+    written |= {"model-9.pt", "model-9.pt.tmp", "optimizer-9.pt", "optimizer-9.pt.tmp"}
+    names = [name for name in written if not (out_dir / name).exists()]
+    for name in [*names, "metrics.jsonl", "config.json"]:
+        (out_dir / name).unlink(missing_ok=True)
+        (out_dir / name).symlink_to(treasure)
+    train.train(config)
+    assert treasure.read_text() == "precious" and not (out_dir / "metrics.jsonl").is_symlink()
+    assert checkpoint.read(out_dir, "last")["step"] == 9
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.parametrize("movable", [True, False])
+def test_a_link_where_the_lock_belongs_is_an_error(tiny, tmp_path, movable, monkeypatch):
+    treasure, out_dir = tmp_path / "treasure", Path(tiny.out_dir)
+    treasure.write_text("precious")
+    out_dir.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: not movable)
+    (out_dir.with_name(".run.lock") if movable else out_dir / "run.lock").symlink_to(treasure)
+    with pytest.raises(UserError, match="run.lock is a link, a lock must be a file of its own; delete the link"):
+        train.train(tiny)
+    assert treasure.read_text() == "precious" and not list(out_dir.glob("*.json"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links to folders need rights there")
+def test_an_earlier_run_does_not_move_through_a_link(tiny, tmp_path, monkeypatch):
+    train.train(tiny)
+    out_dir, rename = Path(tiny.out_dir), Path.rename
+    (tmp_path / "treasure").mkdir()
+    (out_dir / "earlier.1").symlink_to(tmp_path / "treasure")
+    (out_dir.with_name("run.1")).symlink_to(tmp_path / "nowhere")
+
+    def only_within(self, target):
+        if self == out_dir:
+            assert target.name == "run.2"  # not over the link
+            raise OSError(16, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", only_within)
+    train.train(tiny)
+    assert not list((tmp_path / "treasure").iterdir()) and (out_dir / "earlier.2" / "last.json").exists()
+
+
+def moments(content, number=0):
+    return content["optimizer"]["state"][number]
+
+
+NONSENSE = {  # what a stranger's files hold: which file (None: the JSON), the change, the line
+    "optimizer, other shape": ("optimizer", lambda c: moments(c).update(exp_avg=torch.zeros(1)), "expected floats"),
+    "optimizer, larger": ("optimizer", lambda c: moments(c).update(exp_avg_sq=torch.zeros(10**6)), "expected floats"),
+    "optimizer, float64": ("optimizer", lambda c: moments(c).update(exp_avg=moments(c)["exp_avg"].double()), "type"),
+    "optimizer, integers": ("optimizer", lambda c: moments(c).update(exp_avg=moments(c)["exp_avg"].int()), "expected"),
+    "optimizer, sparse": (
+        "optimizer",
+        lambda c: moments(c).update(exp_avg=moments(c)["exp_avg"].to_sparse()),
+        "floats",
+    ),
+    "optimizer, a number": ("optimizer", lambda c: moments(c).update(exp_avg=3.0), "exp_avg is float"),
+    "optimizer, step": ("optimizer", lambda c: moments(c).update(step=torch.zeros(7)), "step is Tensor"),
+    "optimizer, later": ("optimizer", lambda c: moments(c).update(step=torch.tensor(99.0)), "another type or step"),
+    "optimizer, no moment": ("optimizer", lambda c: moments(c).__delitem__("exp_avg"), "other names: exp_avg"),
+    "optimizer, no parameter": ("optimizer", lambda c: c["optimizer"]["state"].__delitem__(0), "does not fit the run"),
+    "optimizer, one more": ("optimizer", lambda c: c["optimizer"]["state"].update({99: {}}), "does not fit the run"),
+    "optimizer, no state": ("optimizer", lambda c: c["optimizer"].update(state={}), "moments of 0 parameters"),
+    "optimizer, a list": ("optimizer", lambda c: c["optimizer"].update(state=[1]), "does not fit the run"),
+    "optimizer, empty": ("optimizer", lambda c: {}, "does not fit the run"),
+    "optimizer, no dict": ("optimizer", lambda c: torch.zeros(3), "holds no tensors that can be loaded safely"),
+    "progress": ("optimizer", lambda c: c["progress"].update(loss_sum="much"), "does not fit the run"),
+    "model, no tensor": ("model", lambda c: c.popitem() and None, "do not fit together"),
+    "model, other shape": ("model", lambda c: c.update({"lm_head.weight": torch.zeros(3)}), "do not fit together"),
+    "model, integers": ("model", lambda c: c.update({k: w.int() for k, w in c.items()}), "do not fit together"),
+    "model, text": ("model", lambda c: c.update({"lm_head.weight": "w"}), "do not fit together"),
+    "model, a list": ("model", lambda c: [1, 2], "holds no tensors that can be loaded safely"),
+    "a huge model": (None, lambda i: i["model"].update(n_embd=10**8), "do not fit together"),
+    "a deep model": (None, lambda i: i["model"].update(n_layer=10**9), "do not fit together"),
+    "half a head": (None, lambda i: i["model"].update(n_head=2.0), "do not fit together"),
+    "an option is a list": (None, lambda i: i["model"].update(n_layer=[]), "is not from train.py"),
+    "no rows": (None, lambda i: i.pop("rows") and None, "is not from train.py"),
+    "a row is text": (None, lambda i: i["rows"].append("alias ls=rm"), "is not from train.py"),
+    "a row holds text": (None, lambda i: i["rows"][0].update(taken="alias ls=rm"), "is not from train.py"),
+    "a row without loss": (None, lambda i: i["rows"][-1].pop("val_loss_causal") and None, "is not from train.py"),
+    "a row from the future": (None, lambda i: i["rows"][-1].update(step=10**6), "is not from train.py"),
+    "step is a text": (None, lambda i: i.update(step="3"), "is not from train.py"),
+    "no files": (None, lambda i: i.update(files={}), "is not from train.py"),
+    "a file elsewhere": (None, lambda i: i["files"]["model"].update(name="../model-3.pt"), "is not from train.py"),
+    "no data": (None, lambda i: i.update(data=None), "is not from train.py"),
+    "other tokens": (None, lambda i: i["data"].update(tokenizer="bpe"), "the tokenizer is 'bpe'"),
+    "no vocabulary": (None, lambda i: i["data"].update(vocab={}), "the vocabulary is no list of characters"),
+    "half a character": (None, lambda i: i["versions"].update(torch="\ud800"), "is not from train.py"),
+    "no source": (None, lambda i: i["data"].pop("source") and None, "is not from train.py"),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_nonsense_with_the_right_hash_is_one_line_and_changes_no_file(small_run, tmp_path, what):
+    kind, change, line = NONSENSE[what]
+    out_dir = tmp_path / "run"
+    shutil.copytree(small_run, out_dir)
+    for name in ("last", "previous"):
+        reseal(out_dir, name, change, kind)
+    before = {path: path.read_bytes() for path in out_dir.iterdir()}
+    assert line in told(train, ["--resume", f"--out_dir={out_dir}", "--n_layer=2", "--n_embd=4", "--n_head=1"])
+    assert {path: path.read_bytes() for path in out_dir.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b"null", b"\xff"])
+def test_a_file_without_any_structure_is_one_line(small_run, tmp_path, content):
+    for file in ("json", "pt"):
+        out_dir = tmp_path / file
+        shutil.copytree(small_run, out_dir)
+        for name in ("config", *checkpoint.NAMES) if file == "json" else ():
+            (out_dir / f"{name}.json").write_bytes(content)
+        for path in out_dir.glob("*.pt") if file == "pt" else ():
+            path.write_bytes(content)
+        for name in checkpoint.NAMES if file == "pt" else ():
+            sha256 = data_module.sha256_of(next(out_dir.glob("*.pt")))
+            reseal(out_dir, name, lambda i, s=sha256: [f.update(sha256=s) for f in i["files"].values()] and None)
+        told(train, ["--resume", f"--out_dir={out_dir}"])
+        told(train, ["--eval_only", f"--out_dir={out_dir}"])
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory, dataset):
+    out_dir = tmp_path_factory.mktemp("small") / "run"
+    train.train(TrainConfig(
+        out_dir=str(out_dir), dataset=str(dataset), device="cpu", block_size=8, batch_size=2, n_layer=2, n_head=1,
+        n_embd=4, predictor_hidden=1, max_iters=3, eval_interval=1, eval_iters=1,
+    ))  # fmt: skip
+    return out_dir
+
+
+@pytest.mark.parametrize("pair", [("best", "last"), ("last", "previous"), ("best", "previous")])
+def test_exchanged_checkpoints_of_one_run_are_noticed(small_run, tmp_path, pair, capsys):
+    out_dir = tmp_path / "run"
+    shutil.copytree(small_run, out_dir)
+    a, b = (out_dir / f"{name}.json" for name in pair)
+    whole = {path: path.read_bytes() for path in (a, b)}
+    a.write_bytes(whole[b])
+    b.write_bytes(whole[a])
+    for name, other in (pair, pair[::-1]):
+        with pytest.raises(UserError, match=f"{name}.json is the checkpoint '{other}' under another name"):
+            checkpoint.read(out_dir, name)
+    argv = ["--resume", f"--out_dir={out_dir}"]
+    capsys.readouterr()
+    if "previous" not in pair:  # it is whole
+        train.main(argv)
+        out = capsys.readouterr().out
+        assert "last.json is the checkpoint 'best' under another name" in out and "at step 2" in out
+        assert checkpoint.read(out_dir, "best")["step"] and checkpoint.read(out_dir, "last")["step"] == 3
+    elif "last" in pair:
+        assert "last.json is the checkpoint 'previous' under another name" in told(train, argv)
+    else:
+        train.main(argv)
+        assert "The best checkpoint is lost" in capsys.readouterr().out
+
+
+def test_a_damaged_last_json_does_not_replace_a_whole_previous_one(small_run, tmp_path):
+    out_dir = tmp_path / "run"
+    shutil.copytree(small_run, out_dir)
+    (out_dir / "last.json").write_bytes(b"{")
+    model, info = checkpoint.load(out_dir, "previous", "cpu")
+    state = checkpoint.tensors(out_dir, info, "optimizer")
+    checkpoint.save(
+        out_dir, 7, model, state, False, {name: info[name] for name in ("data", "config", "versions", "rows")}
+    )
+    assert [checkpoint.read(out_dir, name)["step"] for name in ("last", "previous")] == [7, 2]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+def test_a_model_that_predicts_nan_is_one_line(small_run, dataset, tmp_path, value, capsys):
+    out_dir = tmp_path / "run"
+    shutil.copytree(small_run, out_dir)
+    for name in checkpoint.NAMES:
+        reseal(out_dir, name, lambda c: c.update({"lm_head.weight": torch.full((28, 4), value)}), "model")
+    line = "of .*best.json are not finite" if value != 1e38 else "predicts NaN or infinity|has the loss (nan|inf)"
+    for temperature in (0.8, 0) if value != 1e38 else (0.8,):
+        argv = [f"--out_dir={out_dir}", "--device=cpu", f"--temperature={temperature}", "--max_new_tokens=3"]
+        assert re.search(line, told(sample, argv))
+    assert capsys.readouterr().out.strip() == ""
+    assert re.search(line, told(train, ["--eval_only", f"--out_dir={out_dir}", f"--dataset={dataset}"]))
+    if value != 1e38:
+        assert re.search(line, told(train, [f"--init_from={out_dir}", f"--dataset={dataset}", "--max_iters=1"]))
+        assert "last.json are not finite" in told(train, ["--resume", f"--out_dir={out_dir}"])
+
+
+@pytest.mark.parametrize("how", ["deleted", "renamed", "emptied"])
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_folder_that_is_gone_is_made_again_with_everything_in_it(tiny, how, step, monkeypatch, capsys):
+    config, whole, at = dataclasses.replace(tiny, max_iters=9), elsewhere(tiny, "whole"), train.learning_rate_at
+    train.train(dataclasses.replace(whole, max_iters=9))
+    out_dir, losses = Path(config.out_dir), iter([1.0, 3.0, 2.5, 2.0])
+    evaluate = train.evaluate
+
+    def gone(now, config):
+        if now == step and out_dir.exists() and not list(out_dir.parent.glob("elsewhere")):
+            shutil.copytree(out_dir, out_dir.with_name("elsewhere"))
+            if how == "emptied":
+                [path.unlink() for path in out_dir.iterdir()]
+            elif how == "renamed":
+                out_dir.rename(out_dir.with_name("mine"))
+            else:
+                shutil.rmtree(out_dir)
+        return at(now, config)
+
+    monkeypatch.setattr(train, "evaluate", lambda *a: evaluate(*a) | {"val_loss_causal": next(losses)})
+    monkeypatch.setattr(train, "learning_rate_at", gone)
+    capsys.readouterr()
+    train.train(config)
+    assert capsys.readouterr().out.count(f"step 6: {out_dir} is not there any more; making it again\n") == 1
+    saved = {name: checkpoint.read(out_dir, name) for name in checkpoint.NAMES}
+    assert [saved[name]["step"] for name in ("last", "previous", "best")] == [9, 6, 9]
+    assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == 4
+    original = json.loads((out_dir.with_name("elsewhere") / "config.json").read_text())
+    assert json.loads((out_dir / "config.json").read_text()) == original
+    assert same(state_of(config)[1], state_of(whole)[1])
+
+
+def test_a_first_checkpoint_that_cannot_be_saved_is_not_said_to_have_one_before_it(tiny, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(UserError, match="could not be saved; free disk space"):
+        train.train(tiny)
+    out = capsys.readouterr().out
+    assert out.count("; there is none before it\n") == 4 and "is whole" not in out
+
+
+def test_a_run_without_a_checkpoint_is_told_to_start_again(tiny, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(tiny)
+    line = told(train, ["--resume", f"--out_dir={tiny.out_dir}"])
+    assert "last.json: the run has not saved one; start it again without --resume" in line and "preset" not in line
+    assert "config/" not in line and "config/" not in told(sample, [f"--out_dir={tiny.out_dir}"])
+
+
+def test_every_flipped_bit_of_a_data_sets_json_is_noticed_or_harmless(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "set")
+    path = tmp_path / "set" / "meta.json"
+    raw = path.read_bytes()
+    meta, _ = data_module.load(dataset)
+    noticed = 0
+    for bit in range(8 * len(raw)):
+        path.write_bytes(raw[: bit // 8] + bytes([raw[bit // 8] ^ (1 << bit % 8)]) + raw[bit // 8 + 1 :])
+        try:
+            found, _ = data_module.load(tmp_path / "set", check=False)
+            # In the hash's own name a flip leaves a data set without one, as an earlier version wrote it.
+            assert {name: found[name] for name in meta} == meta and len(found) <= len(meta) + 1
+        except UserError:
+            noticed += 1
+    assert noticed > 0.8 * 8 * len(raw)
+
+
+def test_a_data_set_that_an_earlier_version_prepared_is_read(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "set")
+    path = tmp_path / "set" / "meta.json"
+    meta = json.loads(path.read_text())
+    assert meta.pop("meta_sha256")
+    path.write_text(json.dumps(meta))
+    assert data_module.load(tmp_path / "set")[0] == meta == data_module.load(dataset)[0]
