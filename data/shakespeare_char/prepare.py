@@ -25,7 +25,7 @@ import urllib.request
 from pathlib import Path
 
 from support import data
-from support.options import UserError, errors_in_one_line, expanded
+from support.options import UserError, errors_in_one_line, expanded, printable
 
 HERE = Path(__file__).resolve().parent
 
@@ -105,7 +105,7 @@ def write_characters(text, source, out):
         raise UserError(f"{source} has {len(vocab):,} different characters, at most {2**16:,} fit into uint16")
     meta = {"tokenizer": "char", "vocab": vocab, "vocab_size": len(vocab)}
     write(data.CharTokenizer(vocab).encode, meta, text, source, out)
-    print(f"{source}: {len(text):,} characters, {len(vocab)} different ones")
+    print(f"{printable(source)}: {len(text):,} characters, {len(vocab)} different ones")
 
 
 def write(encode, meta, text, source, out):
@@ -119,7 +119,8 @@ def write(encode, meta, text, source, out):
         data.write(out, splits, meta)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
-    print(f"{out}: train.bin {len(splits['train']):,} tokens, val.bin {len(splits['val']):,} tokens, meta.json")
+    sizes = ", ".join(f"{split}.bin {len(tokens):,} tokens" for split, tokens in splits.items())
+    print(printable(f"{out}: {sizes}, meta.json"))
 
 
 if __name__ == "__main__":
