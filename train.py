@@ -26,7 +26,7 @@ from mode import MoDEConfig, build, config_class
 from support import checkpoint, options, ranks, run
 from support.data import load_dataset, seed_of, training_batch
 from support.evaluation import autocast, bits_per_byte, evaluate, evaluate_checkpoint
-from support.options import UserError, at_least, command, errors_in_one_line, load, pick_device, pick_dtype, printable
+from support.options import UserError, at_least, command, errors_in_one_line, load, pick_device, pick_dtype, show
 from support.report import ProgressLine, describe, import_wandb, report, versions
 
 
@@ -118,7 +118,7 @@ def train(config):
     scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
     stateful = {"optimizer": optimizer, "scaler": scaler}
     tokens = " and ".join(f"{len(split):,} {name}" for name, split in data.items())
-    print(f"{printable(meta['source'])}: {tokens} tokens, a vocabulary of {meta['vocab_size']}")
+    show(f"{meta['source']}: {tokens} tokens, a vocabulary of {meta['vocab_size']}")
     print(describe(model, config.device, config.dtype, config.compile == "True"))
     print(
         f"{config.max_iters:,} steps of {tokens_per_step:,} tokens, {config.max_iters * step_flops:.3g} training FLOPs "

@@ -23,7 +23,7 @@ import torch
 from mode import build, config_class
 from support import untrusted
 from support.data import sha256_of, sha256_of_json
-from support.options import UserError, command, printable
+from support.options import UserError, command, printable, show
 from support.untrusted import reason_of
 
 FORMAT = 4  # 4 adds the role, which is the JSON's name
@@ -160,7 +160,7 @@ def start_from(folder, model, meta):
                 w[:n] = weights[name][:n]
             elif name in weights and w.shape == weights[name].shape:  # a predictor may have another size
                 w.copy_(weights[name])
-    print(f"Starting from {folder}: step {info['step']:,} of a run on {printable(info['data']['source'])}")
+    show(f"Starting from {folder}: step {info['step']:,} of a run on {info['data']['source']}")
 
 
 def differences(before, now, names=None):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from support.options import UserError, expanded
+from support.options import UserError, expanded, show
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SPLITS = ("train", "val")
@@ -136,7 +136,7 @@ def load_dataset(dataset, block_size, vocab_size=0, check=True):
             raise UserError(
                 f"{folder} is not prepared; this takes hours and a large disk: python -m data.openwebtext.prepare"
             )
-        print(f"Data set {dataset} is missing; running {folder / 'prepare.py'}")
+        show(f"Data set {dataset} is missing; running {folder / 'prepare.py'}")
         try:
             runpy.run_path(str(folder / "prepare.py"))["main"]([])
         except SystemExit as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mod import GPT, GPTConfig
 from support import checkpoint
-from support.options import UserError, errors_in_one_line, load
+from support.options import UserError, errors_in_one_line, load, show
 
 # mod.py has these values of GPT-2 built in.
 EXPECTED = {
@@ -58,7 +58,7 @@ def convert(config):
     out_dir.mkdir(parents=True)
     data = {"tokenizer": "gpt2", "vocab_size": model.config.vocab_size, "source": config.model}
     checkpoint.save_best(out_dir, model, {"data": data})
-    print(f"{out_dir}: {config.model}, {model.num_parameters():,} parameters")
+    show(f"{out_dir}: {config.model}, {model.num_parameters():,} parameters")
 
 
 def from_transformers(theirs):

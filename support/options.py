@@ -112,13 +112,18 @@ def load(options_class, argv, description, preset=False, combine=lambda preset, 
         shown = {name: value for name, value in in_cpu_part.items() if name not in given}
         smaller = ", ".join(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in shown.items())
         if shown:
-            print(f"On a CPU {path} switches to {smaller}")
+            show(f"On a CPU {path} switches to {smaller}")
     return options_class(**combine(in_preset, given))
 
 
 def printable(text):
     """Show control characters as pictures: raw, they could clear or recolour the terminal. Newline and tab stay."""
     return text.translate(CONTROL_PICTURES)
+
+
+def show(line):
+    """Print a line with names in it that a user or a file chose."""
+    print(printable(line))
 
 
 def command(*words):

@@ -17,7 +17,7 @@ import filelock
 from tqdm import tqdm
 
 from support import checkpoint, ranks, untrusted
-from support.options import UserError
+from support.options import UserError, show
 from support.untrusted import reason_of
 
 
@@ -112,7 +112,7 @@ def only_run_in(out_dir):
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        print(f"The file system of {out_dir} has no locks; make sure that no second train.py uses this folder")
+        show(f"The file system of {out_dir} has no locks; make sure that no second train.py uses this folder")
     try:
         yield
     finally:
@@ -136,7 +136,7 @@ def keep_earlier_run(out_dir):
             aside = move_contents(folder)
         folder.mkdir(exist_ok=True)
         shown = aside if out_dir.is_symlink() else out_dir.parent / aside.relative_to(folder.parent)
-        print(f"{out_dir} holds an earlier run: moved to {shown} (to resume it instead: --resume)")
+        show(f"{out_dir} holds an earlier run: moved to {shown} (to resume it instead: --resume)")
 
 
 def move_contents(folder):
@@ -162,7 +162,7 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
     """
     found, damage = last_whole(out_dir)
     if damage:
-        print(f"{damage}. Using the checkpoint before it")
+        show(f"{damage}. Using the checkpoint before it")
     if found["data"]["sha256"] != info["data"]["sha256"]:
         raise UserError(
             f"{out_dir} was trained on {found['data']['source']!r}, not on {info['data']['source']!r}; "
@@ -179,11 +179,11 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
         raise UserError(
             f"the run in {out_dir} is at step {found['step']}, beyond max_iters {max_iters}; raise --max_iters"
         )
-    print(f"Resuming {out_dir} at step {found['step']:,}")
+    show(f"Resuming {out_dir} at step {found['step']:,}")
     here = {"out_dir": now["out_dir"], "resume": now["resume"]}  # these two may differ
     changed = checkpoint.differences({**before, **here, **found["versions"]}, {**now, **info["versions"]})
     if changed:
-        print(f"Not exactly the run that stopped: {changed}")
+        show(f"Not exactly the run that stopped: {changed}")
     weights, state = (checkpoint.tensors(out_dir, found, kind) for kind in ("model", "optimizer"))
     try:
         untrusted.check_optimizer(state, found["step"], **stateful)
@@ -203,7 +203,7 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
     try:
         best = best_loss(out_dir, found["step"])
     except (UserError, OSError) as lost:
-        print(f"The best checkpoint is lost ({lost}); the next evaluation replaces it")
+        show(f"The best checkpoint is lost ({lost}); the next evaluation replaces it")
         best = math.inf
     return Progress(found["step"], found["rows"], best, saved=found["step"], **state["progress"])
 

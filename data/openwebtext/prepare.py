@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from data.openwebtext import documents as reading
 from support import data
-from support.options import UserError, errors_in_one_line, expanded, printable
+from support.options import UserError, errors_in_one_line, expanded, show
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_DOCUMENTS = 8_013_769  # fewer: part of it, or a download that ended early
@@ -90,7 +90,7 @@ def prepare(args, out):
         raise UserError(f"another prepare.py is working in {out}; wait for it, or name another --out") from None
     tokens = ", ".join(f"{split}.bin {n:,} tokens" for split, n in meta["tokens"].items())
     skipped = f" ({meta['without_text']:,} without text left out)" if meta["without_text"] else ""
-    print(printable(f"{source}: {len(documents):,} documents{skipped}\n{note}{out}: {tokens}, meta.json"))
+    show(f"{source}: {len(documents):,} documents{skipped}\n{note}{out}: {tokens}, meta.json")
 
 
 def load_documents(path, column):

@@ -25,7 +25,7 @@ import urllib.request
 from pathlib import Path
 
 from support import data
-from support.options import UserError, errors_in_one_line, expanded, printable
+from support.options import UserError, errors_in_one_line, expanded, show
 
 HERE = Path(__file__).resolve().parent
 
@@ -105,7 +105,7 @@ def write_characters(text, source, out):
         raise UserError(f"{source} has {len(vocab):,} different characters, at most {2**16:,} fit into uint16")
     meta = {"tokenizer": "char", "vocab": vocab, "vocab_size": len(vocab)}
     write(data.CharTokenizer(vocab).encode, meta, text, source, out)
-    print(f"{printable(source)}: {len(text):,} characters, {len(vocab)} different ones")
+    show(f"{source}: {len(text):,} characters, {len(vocab)} different ones")
 
 
 def write(encode, meta, text, source, out):
@@ -120,7 +120,7 @@ def write(encode, meta, text, source, out):
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
     sizes = ", ".join(f"{split}.bin {len(tokens):,} tokens" for split, tokens in splits.items())
-    print(printable(f"{out}: {sizes}, meta.json"))
+    show(f"{out}: {sizes}, meta.json")
 
 
 if __name__ == "__main__":
