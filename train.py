@@ -149,6 +149,14 @@ def train(config):
         if config.compile == "True":
             model.compile()
         wrapped = ranks.wrap(model, config.device)
+        if ranks.ranks() > 1:
+            # After its first backward pass DistributedDataParallel reorders the gradients it exchanges. This changes
+            # how a sum over three ranks rounds. Do it before the first step, so a resumed run has the same order.
+            x, y = training_batch(data["train"], 0, config.batch_size, config.block_size, config.seed, config.device)
+            with autocast(config.device, config.dtype):
+                _, loss = wrapped(x, y, routing="topk")
+            (loss + model.routing_loss()).backward()
+            model.zero_grad(set_to_none=True)
         line = ProgressLine(progress, config.max_iters, tokens_per_step, step_flops, config.device, config.dtype)
 
         # The loop. All seeds come from the step, so evaluation and logging cannot change the training, and a checkpoint
@@ -286,7 +294,7 @@ def options_of_the_run(preset, given):
     if not given.get("resume"):
         return {**preset, **given}
     out_dir = {**preset, **given}.get("out_dir", TrainConfig.out_dir)
-    saved = run.saved_options(Path(out_dir))
+    saved = run.saved_options(Path(out_dir), whole=True)
     if saved is None:
         runs = sorted(str(path.parent) for path in Path().glob("*/config.json") if run.saved_options(path.parent))
         advice = f"one of {', '.join(runs)}" if runs else "or start a run without --resume"

@@ -48,8 +48,12 @@ class Progress:
         return {"train_loss": float(self.loss_sum) / steps, "aux_loss": float(self.aux_sum) / steps}
 
 
-def saved_options(out_dir):
-    """The options of the run in out_dir, with "auto" as it was asked for; None if out_dir holds no run."""
+def saved_options(out_dir, whole=False):
+    """
+    The options of the run in out_dir, with "auto" as it was asked for; None if out_dir holds no run.
+
+    whole: raise UserError for a run without a whole checkpoint.
+    """
     try:
         try:
             info, _ = last_whole(out_dir)
@@ -57,6 +61,8 @@ def saved_options(out_dir):
             if not (out_dir / "config.json").is_file():  # opening a pipe would wait forever
                 return None
             info = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
+            if whole and "config" in info:
+                raise
         options = checkpoint.with_variant(info["config"])
         return {**options, **info.get("asked", {})}  # "auto" may mean something else where the run is resumed
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
