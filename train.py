@@ -27,6 +27,7 @@ from support.data import load_dataset, seed_of, training_batch
 from support.evaluation import autocast, bits_per_byte, evaluate, evaluate_checkpoint
 from support.options import UserError, at_least, command, errors_in_one_line, load, pick_device, pick_dtype, printable
 from support.report import ProgressLine, describe, import_wandb, report, versions
+from support.stop import Stop
 
 
 @dataclass
@@ -127,7 +128,7 @@ def train(config):
     out_dir = Path(config.out_dir)
     if config.resume and not out_dir.is_dir():
         raise UserError(f"nothing to resume in {out_dir}: there is no such folder")
-    with contextlib.ExitStack() as held, run.Stop() as stop:
+    with contextlib.ExitStack() as held, Stop() as stop:
         # Continue the run in out_dir, or move it aside. It is never overwritten.
         info = {"config": asdict(config), "asked": asked, "versions": versions(config.device), "data": meta}
         info |= {"parameters": model.num_parameters(), "flops_per_step": step_flops}
