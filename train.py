@@ -28,6 +28,7 @@ from support.data import load_dataset, seed_of, training_batch
 from support.evaluation import autocast, bits_per_byte, evaluate, evaluate_checkpoint
 from support.options import UserError, at_least, command, errors_in_one_line, load, pick_device, pick_dtype, show
 from support.report import ProgressLine, describe, import_wandb, report, versions
+from support.stop import Stop
 
 
 @dataclass
@@ -128,7 +129,7 @@ def train(config):
     out_dir = Path(config.out_dir)
     if config.resume and not out_dir.is_dir():
         raise UserError(f"nothing to resume in {out_dir}: there is no such folder")
-    with contextlib.ExitStack() as held, run.Stop() as stop:
+    with contextlib.ExitStack() as held, Stop() as stop:
         # Continue the run in out_dir, or move it aside. It is never overwritten.
         info = {"config": asdict(config), "asked": asked, "versions": versions(config.device), "data": meta}
         info |= {"parameters": model.num_parameters(), "flops_per_step": step_flops}
@@ -150,6 +151,14 @@ def train(config):
         if config.compile == "True":
             model.compile()
         wrapped = ranks.wrap(model, config.device)
+        if ranks.ranks() > 1:
+            # After its first backward pass DistributedDataParallel reorders the gradients it exchanges. This changes
+            # how a sum over three ranks rounds. Do it before the first step, so a resumed run has the same order.
+            x, y = training_batch(data["train"], 0, config.batch_size, config.block_size, config.seed, config.device)
+            with autocast(config.device, config.dtype):
+                _, loss = wrapped(x, y, routing="topk")
+            (loss + model.routing_loss()).backward()
+            model.zero_grad(set_to_none=True)
         line = ProgressLine(progress, config.max_iters, tokens_per_step, step_flops, config.device, config.dtype)
 
         # The loop. All seeds come from the step, so evaluation and logging cannot change the training, and a checkpoint
@@ -290,7 +299,7 @@ def options_of_the_run(preset, given):
     if not (given.get("resume") or given.get("eval_only")):
         return {**preset, **given}
     out_dir = {**preset, **given}.get("out_dir", TrainConfig.out_dir)
-    saved = run.saved_options(Path(out_dir))
+    saved = run.saved_options(Path(out_dir), whole=True)
     if saved is None and not given.get("resume"):
         return {**given, "out_dir": out_dir}
     if saved is None:

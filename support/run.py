@@ -1,4 +1,4 @@
-"""A run's folder: the lock on it, moving an earlier run aside, saving, resuming, and stopping on request."""
+"""A run's folder: the lock on it, moving an earlier run aside, saving, resuming."""
 
 import contextlib
 import errno
@@ -7,9 +7,6 @@ import json
 import math
 import os
 import re
-import signal
-import sys
-import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -48,8 +45,12 @@ class Progress:
         return {"train_loss": float(self.loss_sum) / steps, "aux_loss": float(self.aux_sum) / steps}
 
 
-def saved_options(out_dir):
-    """The options of the run in out_dir, with "auto" as it was asked for; None if out_dir holds no run."""
+def saved_options(out_dir, whole=False):
+    """
+    The options of the run in out_dir, with "auto" as it was asked for; None if out_dir holds no run.
+
+    whole: raise UserError for a run without a whole checkpoint.
+    """
     try:
         try:
             info, _ = last_whole(out_dir)
@@ -57,6 +58,8 @@ def saved_options(out_dir):
             if not (out_dir / "config.json").is_file():  # opening a pipe would wait forever
                 return None
             info = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
+            if whole and "config" in info:
+                raise
         options = checkpoint.with_variant(info["config"])
         return {**options, **info.get("asked", {})}  # "auto" may mean something else where the run is resumed
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -247,40 +250,3 @@ def save(out_dir, model, stateful, progress, info, stop):
 def write_metrics(out_dir, rows):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     checkpoint.write_whole(out_dir / "metrics.jsonl", lambda file: file.write(lines.encode("utf-8")))
-
-
-class Stop:
-    """
-    A context in which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) only set `requested` to the signal's number. The
-    training loop checks it where stopping is safe. A second signal sets `again` and stops at once.
-    """
-
-    AT_ONCE = "Stopped at once; what was saved before is whole"
-    requested, again = None, False
-
-    def __enter__(self):
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
-            numbers = [signal.SIGINT, signal.SIGTERM]
-            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-                numbers.append(signal.SIGHUP)
-            self.handlers = {number: signal.signal(number, self.ask) for number in numbers}
-        return self
-
-    def ask(self, number, frame):
-        if self.requested and ranks.under_torchrun():
-            return  # the same request again: the scheduler signals each rank, and torchrun passes on its own signal
-        if self.requested:
-            self.again = True
-            raise KeyboardInterrupt(self.AT_ONCE)
-        self.requested = number
-        if not ranks.is_main():
-            return
-        once_more = b"" if ranks.under_torchrun() else b". Once more: at once"
-        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the program that reads our output
-            # print is not safe in a signal handler. Not simply 2: after `2>&-` that may be the number of another file.
-            os.write(sys.stderr.fileno(), b"\nStopping after this step" + once_more + b"\n")
-
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)

@@ -163,6 +163,16 @@ def test_ranks_that_were_killed_or_stopped_go_on_to_the_same_end(small, start, n
     assert same(state_of(stopped), state_of(whole))
 
 
+@slow
+def test_three_ranks_that_stop_and_resume_equal_three_that_never_stopped(small, start):
+    """Sums over three ranks depend on their order, and so on where a gradient lies in what the ranks exchange."""
+    config = dataclasses.replace(small, gradient_accumulation_steps=3, decay_lr=False)
+    whole, stopped = called(config, "whole"), called(config, "stopped")
+    for run in (whole, dataclasses.replace(stopped, max_iters=10), dataclasses.replace(stopped, resume=True)):
+        finished(start(run, 3))
+    assert same(state_of(stopped), state_of(whole))
+
+
 def test_on_another_number_of_ranks_a_run_goes_on_and_says_so(small, start):
     finished(start(small, 2))
     longer = dataclasses.replace(small, max_iters=22, resume=True)

@@ -1,0 +1,46 @@
+"""Stopping on request: Ctrl-C, SIGTERM, a closed terminal."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+
+from support import ranks
+
+
+class Stop:
+    """
+    A context in which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) only set `requested` to the signal's number. The
+    training loop checks it where stopping is safe. A second signal sets `again` and stops at once.
+    """
+
+    AT_ONCE = "Stopped at once; what was saved before is whole"
+    requested, again = None, False
+
+    def __enter__(self):
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+                numbers.append(signal.SIGHUP)
+            self.handlers = {number: signal.signal(number, self.ask) for number in numbers}
+        return self
+
+    def ask(self, number, frame):
+        if self.requested and ranks.under_torchrun():
+            return  # the same request again: the scheduler signals each rank, and torchrun passes on its own signal
+        if self.requested:
+            self.again = True
+            raise KeyboardInterrupt(self.AT_ONCE)
+        self.requested = number
+        if not ranks.is_main():
+            return
+        once_more = b"" if ranks.under_torchrun() else b". Once more: at once"
+        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the program that reads our output
+            # print is not safe in a signal handler. Not simply 2: after `2>&-` that may be the number of another file.
+            os.write(sys.stderr.fileno(), b"\nStopping after this step" + once_more + b"\n")
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
