@@ -22,10 +22,10 @@ from mod import GPT, Block, GPTConfig, RoutedBlock, capacity_in_tokens, linear_f
 
 @dataclass
 class MoDEConfig(GPTConfig):
-    n_expert: int = 4  # experts that replace the MLP in each routed block; in train.py 0 means none
-    n_noop: int = 0  # no-op experts beside them, for integrated MoDE
+    n_expert: int = 4  # experts that replace the MLP in each routed block (0: no experts)
+    n_noop: int = 0  # no-op experts beside the real ones, for integrated MoDE
     expert_capacity: float = 0.25  # share of a block's tokens that each expert processes, in (0, 1]
-    staged: bool = False  # True: the block routes its tokens first (staged MoDE); False: attention for all
+    staged: bool = False  # True: experts inside a routed block (staged MoDE); False: every token gets attention
 
     def __post_init__(self):
         super().__post_init__()

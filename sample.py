@@ -36,8 +36,8 @@ class SampleConfig:
     top_p: float = 1.0  # sample among the fewest likeliest tokens whose probabilities add up to this; 1: all
     seed: int = 1337  # the same seed gives the same text
     show_depth: bool = False  # colour each token by how many routed blocks processed it
-    depth_svg: str = ""  # draw the first sample, coloured like this, to this .svg file
-    routing_map: str = ""  # draw which routed block processed which token of it to this .png, .svg or .pdf file
+    depth_svg: str = ""  # draw the first sample, coloured as by --show_depth, to this .svg file
+    routing_map: str = ""  # draw which routed block processed which of its tokens to this .png, .svg or .pdf file
     device: str = "auto"  # auto (the best available), cpu, cuda, mps, ...
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 if the GPU has it
 

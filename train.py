@@ -204,7 +204,7 @@ def train(config):
     best_row = min(rows, key=lambda row: row["val_loss_causal"])
     minutes, in_all = progress.train_seconds / 60, (time.monotonic() - started) / 60
     print(f"Best causal loss: {best_row['val_loss_causal']:.4f} at step {best_row['step']:,}.")
-    print(f"{minutes:.1f} minutes of training steps; with evaluation, this command took {in_all:.1f}.")
+    print(f"Trained for {minutes:.1f} minutes in all; this command took {in_all:.1f}, with evaluation.")
     print(f"Next: {command('python', 'sample.py', f'--out_dir={config.out_dir}')}")
     return rows
 
@@ -299,7 +299,7 @@ def options_of_the_run(preset, given):
     if not (given.get("resume") or given.get("eval_only")):
         return {**preset, **given}
     out_dir = {**preset, **given}.get("out_dir", TrainConfig.out_dir)
-    saved = run.saved_options(Path(out_dir), whole=True)
+    saved = run.saved_options(Path(out_dir), whole=bool(given.get("resume")))
     if saved is None and not given.get("resume"):
         return {**given, "out_dir": out_dir}
     if saved is None:
@@ -309,6 +309,8 @@ def options_of_the_run(preset, given):
             f"nothing to resume in {out_dir}: it has no config.json of a run; name the run's folder with --out_dir, "
             + advice
         )
+    if len(preset) > 1:
+        print("The run's own options apply; of the preset only out_dir is used")
     fields = [field for field in dataclasses.fields(TrainConfig) if field.name in saved]
     saved = {field.name: options.convert(field, saved[field.name], f"{out_dir}: {field.name}") for field in fields}
     if {"max_iters", "flop_budget"} & given.keys():  # either one replaces the run's old length

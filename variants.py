@@ -3,13 +3,11 @@ Routed blocks that change one thing about the one in mod.py:
 
     python train.py config/shakespeare_mod.py --variant=sigmoid_gate
 
-To try an idea, write a class and add its name at the end of the file. The name is part of the model's config, so a
-checkpoint records it. Keep the attribute names `router` and `predictor`: train.py clips the gradients of predictors
-separately, and both stay float32 when cache.py stores a model in bfloat16. A variant without a predictor draws fewer
-random numbers, so the same seed gives it other initial weights.
+To try an idea, write a class above VARIANTS, at the end of this file, and give it a name there. The name is part of the
+model's config, so a checkpoint records it. Keep the attribute names `router` and `predictor`: train.py clips the
+gradients of predictors separately, and both stay float32 when cache.py stores a model in bfloat16. A variant without a
+predictor draws fewer random numbers, so the same seed gives it other initial weights.
 """
-
-import difflib
 
 import torch
 
@@ -169,7 +167,5 @@ VARIANTS = {
 def named(name):
     """The class with this name. Raises ValueError for an unknown one."""
     if name not in VARIANTS:
-        near = difflib.get_close_matches(name, VARIANTS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(VARIANTS)}"
-        raise ValueError(f"unknown variant {name!r}{hint}")
+        raise ValueError(f"unknown variant {name!r}; variants.py lists {', '.join(VARIANTS)}")
     return VARIANTS[name]

@@ -166,7 +166,10 @@ def start_from(folder, model, meta):
 def differences(before, now, names=None):
     """Which of these options changed, as text. names: default those in both."""
     changed = [name for name in now if name in (names or before) and before.get(name) != now[name]]
-    text = ", ".join(f"{name} was {before[name]}, now {now[name]}" for name in changed)
+    shown = {"": "''"}  # an empty text would not be seen
+    text = ", ".join(
+        f"{name} was {shown.get(before[name], before[name])}, now {shown.get(now[name], now[name])}" for name in changed
+    )
     return " ".join(printable(text).split())
 
 

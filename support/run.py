@@ -14,7 +14,7 @@ import filelock
 from tqdm import tqdm
 
 from support import checkpoint, ranks, untrusted
-from support.options import UserError, show
+from support.options import UserError, command, show
 from support.untrusted import reason_of
 
 
@@ -139,7 +139,8 @@ def keep_earlier_run(out_dir):
             aside = move_contents(folder)
         folder.mkdir(exist_ok=True)
         shown = aside if out_dir.is_symlink() else out_dir.parent / aside.relative_to(folder.parent)
-        show(f"{out_dir} holds an earlier run: moved to {shown} (to resume it instead: --resume)")
+        resume = command("python", "train.py", "--resume", f"--out_dir={shown}")
+        show(f"The earlier run in {out_dir} moved to {shown}. To continue that one: {resume}")
 
 
 def move_contents(folder):
@@ -186,7 +187,7 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
     here = {"out_dir": now["out_dir"], "resume": now["resume"]}  # these two may differ
     changed = checkpoint.differences({**before, **here, **found["versions"]}, {**now, **info["versions"]})
     if changed:
-        show(f"Not exactly the run that stopped: {changed}")
+        show(f"Changed since it stopped: {changed}")
     weights, state = (checkpoint.tensors(out_dir, found, kind) for kind in ("model", "optimizer"))
     try:
         untrusted.check_optimizer(state, found["step"], **stateful)
@@ -206,7 +207,8 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
     try:
         best = best_loss(out_dir, found["step"])
     except (UserError, OSError) as lost:
-        show(f"The best checkpoint is lost ({lost}); the next evaluation replaces it")
+        if found["rows"]:  # before the first evaluation there is none
+            show(f"The best checkpoint is lost ({lost}); the next evaluation replaces it")
         best = math.inf
     return Progress(found["step"], found["rows"], best, saved=found["step"], **state["progress"])
 

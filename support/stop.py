@@ -36,7 +36,7 @@ class Stop:
         self.requested = number
         if not ranks.is_main():
             return
-        once_more = b"" if ranks.under_torchrun() else b". Once more: at once"
+        once_more = b"" if ranks.under_torchrun() else b". Press Ctrl-C again to stop now"
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the program that reads our output
             # print is not safe in a signal handler. Not simply 2: after `2>&-` that may be the number of another file.
             os.write(sys.stderr.fileno(), b"\nStopping after this step" + once_more + b"\n")

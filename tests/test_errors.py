@@ -168,7 +168,7 @@ ROWS = [
     ("train", "... --out_dir=latin", "out_dir latin cannot be a folder: "),
     ("train", "... --out_dir=latin/run", "latin is a file"),
     ("train", "... --causal_method=ruter", "--causal_method must be one of predictor, router; got 'ruter'; did you"),
-    ("train", "... --variant=sigmoid", "unknown variant 'sigmoid'; did you mean sigmoid_gate?"),
+    ("train", "... --variant=sigmoid", "unknown variant 'sigmoid'; variants.py lists no_gate, sigmoid_gate, "),
     ("train", "... --selection=stochastic", "unknown option --selection; it is called variant now"),
     # What somebody who comes from nanoGPT types.
     ("train", "config/train_shakespeare_char.py", "did you mean config/shakespeare_mod.py?"),
@@ -222,7 +222,7 @@ ROWS = [
     (
         "train",
         "... --dataset=shakespear_char",
-        "no data set 'shakespear_char'; data/ has openwebtext, shakespeare, ",
+        "no data set 'shakespear_char'; data/ has ",
     ),
     ("train", "... --dataset=set_cut", "is damaged (meta.json promises"),
     ("train", "... --dataset=set_odd", "is damaged ("),

@@ -158,7 +158,7 @@ def test_ranks_that_were_killed_or_stopped_go_on_to_the_same_end(small, start, n
     )
     assert not (Path(stopped.out_dir) / "model-300.pt").exists()
     out = finished(start(dataclasses.replace(stopped, resume=True), 2))
-    assert f"Resuming {stopped.out_dir} at step {step}" in out and "Not exactly" not in out
+    assert f"Resuming {stopped.out_dir} at step {step}" in out and "Changed since" not in out
     finished(first)
     assert same(state_of(stopped), state_of(whole))
 
@@ -177,7 +177,7 @@ def test_on_another_number_of_ranks_a_run_goes_on_and_says_so(small, start):
     finished(start(small, 2))
     longer = dataclasses.replace(small, max_iters=22, resume=True)
     out = finished(start(longer, 0))
-    assert "Not exactly the run that stopped: max_iters was 20, now 22" in out and "ranks was 2, now 1" in out
+    assert "Changed since it stopped: max_iters was 20, now 22" in out and "ranks was 2, now 1" in out
     assert checkpoint.read(Path(small.out_dir), "last")["step"] == 22
     evaluation = dataclasses.replace(
         small, eval_only=True, gradient_accumulation_steps=1

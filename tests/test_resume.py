@@ -223,10 +223,10 @@ def test_resume_takes_the_runs_own_options_and_says_what_differs(tiny, capsys):
     argv = ["--resume", f"--out_dir={tiny.out_dir}"]
     train.main(argv)
     out = capsys.readouterr().out
-    assert "Resuming" in out and "at step 6" in out and "Not exactly" not in out  # it had finished
+    assert "Resuming" in out and "at step 6" in out and "Changed since" not in out  # it had finished
     train.main([*argv, "--max_iters=9", "--learning_rate=0.5"])
     out = capsys.readouterr().out
-    assert "Not exactly the run that stopped: max_iters was 6, now 9, learning_rate was 0.001, now 0.5\n" in out
+    assert "Changed since it stopped: max_iters was 6, now 9, learning_rate was 0.001, now 0.5\n" in out
     assert checkpoint.read(Path(tiny.out_dir), "last")["step"] == 9
     train.main(
         [*argv, f"--flop_budget={json.loads((Path(tiny.out_dir) / 'config.json').read_text())['flops_per_step'] * 11}"]
@@ -281,7 +281,7 @@ def test_on_another_machine_auto_is_resolved_anew(tiny, monkeypatch, capsys):
     capsys.readouterr()
     train.main(["--resume", f"--out_dir={tiny.out_dir}"])
     assert (seen[0].compile, seen[0].dtype, seen[0].device) == ("auto", "auto", "cpu")
-    assert re.search("Not exactly the run that stopped: hardware was .*, now abacus\n", capsys.readouterr().out)
+    assert re.search("Changed since it stopped: hardware was .*, now abacus\n", capsys.readouterr().out)
 
 
 def test_what_was_evaluated_is_saved_before_it_is_reported(tiny, monkeypatch):
@@ -412,7 +412,7 @@ def test_a_failed_attempt_leaves_no_trace_in_the_next(tiny, capsys):
     (Path(tiny.out_dir) / "config.json").write_bytes(b"")  # not needed either
     capsys.readouterr()
     train.main(argv)
-    assert "Not exactly" not in capsys.readouterr().out
+    assert "Changed since" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("at", [1, 4, 8])
@@ -594,7 +594,9 @@ def test_any_option_comes_back_from_the_command_line_and_from_the_saved_config(d
 
 
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
-@hypothesis.given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=2, max_size=200))
+@hypothesis.given(  # the three excluded ones are changed or refused, see tests/test_prepare.py
+    text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\ufeff"), min_size=2, max_size=200)
+)
 def test_any_text_comes_back_from_prepare(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     (folder / "text").write_bytes(text.encode("utf-8"))
@@ -694,10 +696,10 @@ def test_an_option_that_did_not_exist_when_a_run_was_saved_counts_as_its_default
     for name in checkpoint.NAMES:
         reseal(tiny.out_dir, name, before)
     resume = ["--resume", f"--out_dir={tiny.out_dir}"]
-    assert "another model: variant was , now sigmoid_gate" in told(train, [*resume, "--variant=sigmoid_gate"])
+    assert "another model: variant was '', now sigmoid_gate" in told(train, [*resume, "--variant=sigmoid_gate"])
     capsys.readouterr()
     train.main([*resume, "--grad_clip=0.5"])
-    assert "Not exactly the run that stopped: grad_clip was 1.0, now 0.5" in capsys.readouterr().out
+    assert "Changed since it stopped: grad_clip was 1.0, now 0.5" in capsys.readouterr().out
 
 
 def test_on_resume_a_preset_only_says_which_folder(tiny, tmp_path, capsys):
