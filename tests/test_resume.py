@@ -991,3 +991,9 @@ def test_a_parameter_that_never_had_a_gradient_needs_no_moments(tiny):
     train.train(config)
     train.train(dataclasses.replace(config, max_iters=8, resume=True))
     assert checkpoint.read(Path(config.out_dir), "last")["step"] == 8
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_one_line(small_run, monkeypatch):
+    monkeypatch.setattr(sample, "tokenizer_of", lambda meta: data_module.CharTokenizer(list(map(chr, range(200)))))
+    line = told(sample, [f"--out_dir={small_run}", "--device=cpu", "--start=z"])
+    assert "has fewer tokens than its tokenizer; use another one" in line
