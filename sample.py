@@ -76,6 +76,8 @@ def sample(config):
             "drop --show_depth, --depth_svg and --routing_map"
         )
     prompt = tokenizer.encode(read_prompt(config.start)) or tokenizer.default_prompt
+    if max(prompt) >= model.config.vocab_size:
+        raise UserError(f"the model in {config.out_dir} has fewer tokens than its tokenizer; use another one")
 
     printer = depth.DepthPrinter(len(layers)) if config.show_depth else depth.PlainPrinter()
     printer.legend()

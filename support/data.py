@@ -17,7 +17,11 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+<<<<<<< HEAD
 from support.options import UserError, expanded, show
+=======
+from support.options import UserError, expanded, printable
+>>>>>>> 1e88355c94771a5c493bc89bf3579c118c357816
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SPLITS = ("train", "val")
@@ -77,7 +81,8 @@ def load(folder, check=True):
         if type(meta["source"]) is not str or type(meta["text_sha256"]) is not str:
             raise TypeError("meta.json does not say where the text is from")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"the data in {folder} is damaged ({error}); run prepare.py again") from None
+        reason = " ".join(printable(str(error)).split())[:200]
+        raise UserError(f"the data in {folder} is damaged ({reason}); run prepare.py again") from None
     return meta, data
 
 

@@ -68,8 +68,8 @@ def check_optimizer(state, step, optimizer, scaler):
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments, scale = state["optimizer"]["state"], state.get("scaler")  # a scaler that was not in use has an empty state
-    # Before the first update there are none. In float16 that may take some steps.
-    if moments.keys() != set(range(len(parameters))) and (moments or step and not scale):
+    # A parameter without a gradient has none. Before the first update no parameter does, in float16 for some steps.
+    if not moments.keys() <= set(range(len(parameters))) or (step and not moments and not scale):
         raise ValueError(f"it holds moments of {len(moments)} parameters, the model has {len(parameters)}")
     for number, tensors in moments.items():
         p = parameters[number]

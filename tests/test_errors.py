@@ -92,6 +92,7 @@ def place(tmp_path_factory, dataset):
     data_set("set_tokenizer", "meta.json", with_meta(tokenizer="bpe"))
     data_set("set_words", "meta.json", with_meta(vocab="".join(map(chr, range(97, 125)))))
     data_set("set_edited", "meta.json", lambda raw: raw.replace(b"text.txt", b"texts.tx"))
+    data_set("set_lines", "meta.json", with_meta(tokens="x\n\x1b[2J"))
     data_set("set_nested", "meta.json", lambda raw: b"[" * 100_000)
     data_set("set_list", "meta.json", lambda raw: b"[]")
     sha256 = json.loads((place / "set" / "meta.json").read_text())["sha256"]
@@ -242,6 +243,7 @@ ROWS = [
     ),
     ("train", "... --dataset=set_words", "(the vocabulary is no list of characters); run prepare.py again"),
     ("train", "... --dataset=set_edited", "(the SHA-256 of meta.json is not the one that it states); run prepare.py"),
+    ("train", "... --dataset=set_lines", "(meta.json promises x \u241b[2J tokens, the files hold "),
     ("train", "... --dataset=set_nested", "is damaged ("),
     ("train", "... --dataset=set_list", "is damaged ("),
     ("train", "... --dataset=set_beyond", "val.bin holds the token 28, beyond vocab_size 28"),
