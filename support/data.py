@@ -17,11 +17,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-<<<<<<< HEAD
-from support.options import UserError, expanded, show
-=======
-from support.options import UserError, expanded, printable
->>>>>>> 1e88355c94771a5c493bc89bf3579c118c357816
+from support.options import UserError, expanded, printable, show
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SPLITS = ("train", "val")
