@@ -216,7 +216,7 @@ def test_the_ablations_change_one_thing_each_at_a_rate_of_their_own(monkeypatch)
         assert all(replace(other, learning_rate=0.0025, seed=seed) in done for seed in runner.SEEDS)
 
 
-@pytest.mark.parametrize("name", ["full", "gpu"])
+@pytest.mark.parametrize("name", [pytest.param("full", marks=pytest.mark.slow), "gpu"])
 def test_all_runs_of_a_budget_cost_the_same_and_name_different_folders(name):
     done = finish(isoflop.SETS[name], lambda run: abs(math.log(run.learning_rate / 0.005)))
     assert len({run.name for run in done}) == len(done)

@@ -136,7 +136,7 @@ def kill_all(process):
 @pytest.mark.parametrize(
     ("number", "whom"),
     [
-        pytest.param(signal.SIGKILL, "all", marks=slow), (signal.SIGTERM, "torchrun"),
+        pytest.param(signal.SIGKILL, "all", marks=slow), pytest.param(signal.SIGTERM, "torchrun", marks=slow),
         pytest.param(signal.SIGINT, "torchrun", marks=slow), pytest.param(signal.SIGTERM, "the last rank", marks=slow),
     ],
 )  # fmt: skip

@@ -94,6 +94,7 @@ def kill_at(config, point, half):
     train.train(config)
 
 
+@pytest.mark.slow
 @forks
 def test_killed_at_any_point_of_a_save_a_run_goes_on_to_the_same_end(tiny):
     whole = elsewhere(tiny, "whole")
