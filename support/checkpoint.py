@@ -166,10 +166,8 @@ def start_from(folder, model, meta):
 def differences(before, now, names=None):
     """Which of these options changed, as text. names: default those in both."""
     changed = [name for name in now if name in (names or before) and before.get(name) != now[name]]
-    shown = {"": "''"}  # an empty text would not be seen
-    text = ", ".join(
-        f"{name} was {shown.get(before[name], before[name])}, now {shown.get(now[name], now[name])}" for name in changed
-    )
+    pairs = ((name, *("''" if value == "" else value for value in (before[name], now[name]))) for name in changed)
+    text = ", ".join(f"{name} was {old}, now {new}" for name, old, new in pairs)
     return " ".join(printable(text).split())
 
 

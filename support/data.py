@@ -235,7 +235,7 @@ class CharTokenizer(Tokenizer):
 
     def decoder(self):
         """A function that turns a text's tokens, one at a time and in order, into pieces of text."""
-        return lambda token: self.vocab[token] if token < len(self.vocab) else "\N{REPLACEMENT CHARACTER}"
+        return lambda token: self.vocab[token] if 0 <= token < len(self.vocab) else "\N{REPLACEMENT CHARACTER}"
 
 
 class GPT2Tokenizer(Tokenizer):

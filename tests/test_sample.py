@@ -64,6 +64,7 @@ def test_load_gives_a_script_the_model_and_its_tokenizer(tiny):
     tokens = cache.generate(model, torch.tensor([prompt]), 10, temperature=0)[0]
     config = sample.SampleConfig(out_dir=tiny.out_dir, start="ab", max_new_tokens=10, temperature=0.0, device="cpu")
     assert [tokenizer.decode(tokens)] == [tokenizer.decode(tokens.tolist())] == sample.sample(config)
+    assert tokenizer.decode([-1, 999]) == "\N{REPLACEMENT CHARACTER}" * 2  # -1 stands for no target in mod.py
     with pytest.raises(UserError, match="no checkpoint"):
         sample.load(tiny.out_dir + "-2")
 
