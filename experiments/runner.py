@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import shutil
 import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +77,17 @@ def read(results, run_class):
     return done
 
 
+def commit():
+    """The commit of this code, "+ changes" if a Python file differs from it, or "unknown" outside a git repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/*.py"]).returncode
+    return name.stdout.strip() + (" + changes" if changed else "")
+
+
 def run_all(wanted, run_class, execute, results, jobs):
     """
     Train what the set `wanted` asks for until it asks for nothing more. If a run fails, those under way end first.
@@ -88,6 +100,7 @@ def run_all(wanted, run_class, execute, results, jobs):
     if not wanted(done):
         return
     results.mkdir(parents=True, exist_ok=True)
+    provenance = {"commit": commit()}  # the model of the CPU or GPU is among the row's versions
     stopped = []  # signals received
 
     def ask_to_stop(number, frame):
@@ -120,7 +133,7 @@ def run_all(wanted, run_class, execute, results, jobs):
                     if future.exception():
                         failed = failed or future.exception()
                         continue
-                    done[run] = row = future.result()
+                    done[run] = row = future.result() | provenance
                     with open(results / "runs.jsonl", "a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
                     shutil.rmtree(results / "under-way" / run.name, ignore_errors=True)

@@ -5,6 +5,7 @@ import dataclasses
 import platform
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -78,14 +79,23 @@ def describe(model, device, dtype, compiled):
     )
 
 
+def hardware(device):
+    """The model of the GPU, or of the CPU with the instructions that PyTorch uses there, on which rounding depends."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    listed = Path("/proc/cpuinfo")  # of Linux; elsewhere `platform` knows the model, or at least its kind
+    model = re.search(r"model name\s*: (.*)", listed.read_text() if listed.is_file() else "")
+    name = model[1] if model else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def versions(device):
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "hardware": name,
+        "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "ranks": ranks.ranks(),
     }

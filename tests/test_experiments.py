@@ -1,9 +1,11 @@
 """The experiments: what is run next, what is measured, and that the README says what the results say."""
 
+import functools
 import json
 import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from experiments import isoflop, known_depth, readme, report, routing, runner
 from helpers import ROOT
 from mod import GPT, GPTConfig
 from mode import forward_flops
+from support.report import hardware
 
 # The runner
 
@@ -80,6 +83,35 @@ def test_what_is_done_is_not_run_again_and_a_deleted_line_is(tmp_path):
     lines = whole.splitlines(keepends=True)
     path.write_bytes(b"".join(lines[1:]))
     assert set(again()) == set(runs) and sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_each_line_says_which_code_and_which_machine_made_it(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(runner, "commit", lambda: "0123456789ab")
+    run = isoflop.Run(1e9, 1, 32, 0)
+    execute = functools.partial(isoflop.execute, dataset=dataset, device="cpu")
+    runner.run_all(lambda done: [] if done else [run], isoflop.Run, execute, tmp_path, jobs=1)
+    row = runner.read(tmp_path, isoflop.Run)[run]
+    assert row["commit"] == "0123456789ab" and row["versions"]["hardware"] == hardware("cpu")
+    for path in ROOT.glob("results/*/runs.jsonl"):  # the oldest were made when this was not recorded
+        assert all(json.loads(line)["commit"] for line in path.read_text(encoding="utf-8").splitlines()), path
+
+
+def test_the_commit_of_changed_code_is_marked(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True)
+
+    (tmp_path / "experiments").mkdir()
+    monkeypatch.setattr(runner, "__file__", str(tmp_path / "experiments" / "runner.py"))
+    assert runner.commit() == "unknown"
+    (tmp_path / "mod.py").write_text("k = 1\n")
+    (tmp_path / "runs.jsonl").write_text("")
+    git("init"), git("add", "."), git("commit", "-m", "first")
+    (tmp_path / "runs.jsonl").write_text("{}\n")
+    clean = runner.commit()
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    (tmp_path / "mod.py").write_text("k = 2\n")
+    assert runner.commit() == clean + " + changes"
 
 
 def test_what_is_under_way_is_finished_and_kept_when_another_run_fails(tmp_path):

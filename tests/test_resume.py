@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import random
 import re
 import shutil
@@ -26,7 +25,7 @@ import sample
 import train
 from data.shakespeare_char import prepare
 from helpers import ROOT, reseal, same, state_of, told
-from support import checkpoint
+from support import checkpoint, report
 from support import data as data_module
 from support import run as run_module
 from support.options import PATHS, UserError, load
@@ -278,7 +277,7 @@ def test_on_another_machine_auto_is_resolved_anew(tiny, monkeypatch, capsys):
     train.main([*argv, "--compile=auto"])
     resolve, seen = train.resolve, []
     monkeypatch.setattr(train, "resolve", lambda config: (seen.append(config), resolve(config))[1])
-    monkeypatch.setattr(platform, "machine", lambda: "abacus")
+    monkeypatch.setattr(report, "hardware", lambda device: "abacus")
     capsys.readouterr()
     train.main(["--resume", f"--out_dir={tiny.out_dir}"])
     assert (seen[0].compile, seen[0].dtype, seen[0].device) == ("auto", "auto", "cpu")
