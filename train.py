@@ -26,6 +26,7 @@ from mode import MoDEConfig, build, config_class
 from support import checkpoint, options, ranks, run
 from support.data import load_dataset, seed_of, training_batch
 from support.evaluation import autocast, bits_per_byte, evaluate, evaluate_checkpoint
+from support.files import write_json
 from support.options import UserError, at_least, command, errors_in_one_line, load, pick_device, pick_dtype, show
 from support.report import ProgressLine, describe, import_wandb, report, versions
 from support.stop import Stop
@@ -142,7 +143,7 @@ def train(config):
                 run.keep_earlier_run(out_dir)
             if ranks.is_main():
                 # From here on the folder counts as a run, however early it ends.
-                checkpoint.write_json(out_dir / "config.json", info)
+                write_json(out_dir / "config.json", info)
                 run.write_metrics(out_dir, progress.rows)
         rows = progress.rows
         logger = None

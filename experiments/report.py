@@ -15,7 +15,7 @@ from matplotlib.figure import Figure  # not pyplot, which would change a noteboo
 
 from experiments.runner import FRESH, SEEDS, loss_for_choice
 from plot import spread
-from support.checkpoint import write_whole
+from support.files import write_whole
 
 LOOKS = {
     "dense": dict(color="#1f4e79", marker="o", linestyle="-"),

@@ -14,7 +14,6 @@ under names that no JSON uses yet, and last.json at the end. So a kill at any mo
 import contextlib
 import itertools
 import json
-import os
 import re
 from dataclasses import asdict
 
@@ -22,7 +21,7 @@ import torch
 
 from mode import build, config_class
 from support import untrusted
-from support.data import sha256_of, sha256_of_json
+from support.files import sha256_of, sha256_of_json, write_json, write_whole
 from support.options import UserError, command, printable, show
 from support.untrusted import reason_of
 
@@ -194,31 +193,6 @@ def remove_unused(out_dir):
         if re.fullmatch(rf"{untrusted.FILE}(\.tmp)?", path.name) and path.name not in used:
             with contextlib.suppress(OSError):  # on Windows, while another program has it open; deleted next time
                 path.unlink()
-
-
-def write_json(path, content):
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    write_whole(path, lambda file: file.write(text.encode("utf-8")))
-
-
-def write_whole(path, write):
-    """
-    Write a file under a temporary name, then rename it: at any time `path` is the whole old file or the whole new one.
-
-    Returns its SHA-256.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # in a stranger's folder it may be a link to any file
-        with open(temporary, "xb") as file:  # exclusively, which follows no link
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        sha256 = sha256_of(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return sha256
 
 
 def _save_tensors(out_dir, name, content):

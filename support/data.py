@@ -11,12 +11,15 @@ import codecs
 import hashlib
 import json
 import runpy
+import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
+from support.files import sha256_of, sha256_of_json, write_json
 from support.options import UserError, expanded, printable, show
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -41,9 +44,7 @@ def commit(out, parts, meta):
         meta["val_bytes_per_token"] = float(np.array(lengths)[val].mean())
         del val  # on Windows a mapped file cannot be moved
     temporary = parts["train"].with_name("meta.json.part")
-    temporary.unlink(missing_ok=True)  # opened exclusively, so that no link is followed
-    with open(temporary, "x", encoding="utf-8") as file:
-        json.dump({**meta, "meta_sha256": sha256_of_json(meta)}, file, indent=1)
+    write_json(temporary, {**meta, "meta_sha256": sha256_of_json(meta)})
     # After a kill in between, the hashes in meta.json do not match, and train.py refuses the data set.
     for split in SPLITS:
         parts[split].replace(out / f"{split}.bin")
@@ -85,6 +86,9 @@ def load(folder, check=True):
 def write(out, splits, meta):
     """Write a data set that fits into memory: splits["train"] and splits["val"] are arrays of token ids."""
     out.mkdir(parents=True, exist_ok=True)
+    for left in out.glob(".prepare-*"):  # by a kill; if it is new, another prepare.py may be using it
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
     # Each call has its own temporary folder, so two at once do not write the same files.
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out) as folder:
         parts = {split: Path(folder) / split for split in SPLITS}
@@ -97,19 +101,6 @@ def folder_of(path):
     """The folder that a user means: data/NAME lies in this repository, whatever folder the command runs in."""
     in_repository = str(path).replace("\\", "/").startswith("data/")  # ./data/NAME does not
     return DATA.parent / path if in_repository else expanded(path)
-
-
-def sha256_of(path):
-    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sha256_of_json(content):
-    """The SHA-256 of a JSON's contents, whatever their order and spacing in the file."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 # For training and evaluation

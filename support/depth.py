@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from support.checkpoint import write_whole
+from support.files import write_whole
 from support.options import printable
 
 MARKS = ".123456789abcdefghijklmnopqrstuvwxyz"  # a sign for each depth, if there is no colour

@@ -19,6 +19,13 @@ from mod import GPT, GPTConfig
 from support import checkpoint
 from support.options import UserError, errors_in_one_line, load, show
 
+# Revisions of the models' repositories. A name alone would download whatever is newest.
+REVISIONS = {
+    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+    "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
+    "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
+}
 # mod.py has these values of GPT-2 built in.
 EXPECTED = {
     "activation_function": "gelu_new",
@@ -45,12 +52,17 @@ def convert(config):
     out_dir = Path(config.out_dir)
     if out_dir.exists():
         raise UserError(f"{out_dir} exists already; name another folder with --out_dir")
+    folder = Path(config.model)
+    if not folder.is_dir() and config.model not in REVISIONS:
+        raise UserError(f"--model is {', '.join(REVISIONS)} or the folder of a saved model, got {config.model}")
+    # Safetensors, because a pickle may hold code.
+    pinned = {} if folder.is_dir() else {"revision": REVISIONS[config.model], "use_safetensors": True}
     try:
         from transformers import GPT2LMHeadModel
     except ImportError:
         raise UserError("this needs transformers: pip install transformers") from None
     try:
-        theirs = GPT2LMHeadModel.from_pretrained(config.model)
+        theirs = GPT2LMHeadModel.from_pretrained(config.model, **pinned)
     except Exception as error:  # the hub, damaged files and other kinds of models all raise their own
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{config.model} could not be loaded ({reason}); --help names the models") from None

@@ -14,6 +14,7 @@ import filelock
 from tqdm import tqdm
 
 from support import checkpoint, ranks, untrusted
+from support.files import lock_at, write_json, write_whole
 from support.options import UserError, command, show
 from support.untrusted import reason_of
 
@@ -105,9 +106,7 @@ def only_run_in(out_dir):
     # The lock is beside the folder, because the folder may be moved aside; inside, if it is one that cannot be moved.
     movable = not os.path.ismount(folder) and os.access(folder.parent, os.W_OK)
     path = folder.with_name(f".{folder.name}.lock") if movable else folder / LOCK
-    if path.is_symlink():  # opening the lock empties the file
-        raise UserError(f"{path} is a link, a lock must be a file of its own; delete the link")
-    lock = filelock.FileLock(path, timeout=0)
+    lock = lock_at(path)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -230,7 +229,7 @@ def save(out_dir, model, stateful, progress, info, stop):
         if not (out_dir / "config.json").is_file():  # somebody deleted, emptied or renamed the folder
             tqdm.write(f"step {step:,}: {out_dir} is not there any more; making it again")
             out_dir.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(out_dir / "config.json", info)
+            write_json(out_dir / "config.json", info)
         if not (out_dir / "best.json").is_file():
             progress.best = math.inf
         write_metrics(out_dir, rows)
@@ -251,4 +250,4 @@ def save(out_dir, model, stateful, progress, info, stop):
 
 def write_metrics(out_dir, rows):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    checkpoint.write_whole(out_dir / "metrics.jsonl", lambda file: file.write(lines.encode("utf-8")))
+    write_whole(out_dir / "metrics.jsonl", lambda file: file.write(lines.encode("utf-8")))

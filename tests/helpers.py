@@ -9,7 +9,7 @@ import torch
 
 import train
 from support import checkpoint
-from support.data import sha256_of, sha256_of_json
+from support.files import sha256_of, sha256_of_json
 
 torch.set_num_threads(1)  # as in conftest.py, which the processes that a test starts do not import
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,10 +57,6 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def offline(url, timeout):
-    raise OSError("Name or service not known")
 
 
 def reseal(out_dir, name, change, kind=None):

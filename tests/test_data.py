@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -250,10 +251,33 @@ def test_mistakes(tmp_path, tiny_encoding, threads, monkeypatch):
     assert "in has 13 documents, too few for --val_every=" in told(
         openwebtext, "--input in --out new --val_every=1000000000 --processes=1".split()
     )
-    with openwebtext.FileLock(tmp_path / "new" / "lock"):
+    with openwebtext.lock_at(tmp_path / "new" / "lock"):
         assert "another prepare.py is working in new" in told(openwebtext, "--input in --out new".split())
-    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: range(5))
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda name, **options: asked.append((name, options)) or range(5))
     assert "gave 5 documents, it has 8,013,769; delete it" in told(openwebtext, [])
+    assert asked[0][0] == "Skylion007/openwebtext" and re.fullmatch("[0-9a-f]{40}", asked[0][1]["revision"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_no_write_follows_a_link_in_the_folder_of_a_data_set(tmp_path):
+    """A stranger's folder may hold a link under each name that prepare.py writes, also the temporary ones."""
+    write_documents(tmp_path / "in" / "a.jsonl", words(50))
+    arguments = ["--input", str(tmp_path / "in"), "--val_every=10", "--processes=1", "--out"]
+    openwebtext.main([*arguments, str(tmp_path / "whole")])
+    treasure, out = tmp_path / "treasure", tmp_path / "out"
+    treasure.write_text("precious")
+    out.mkdir()
+    names = ["train.part", "val.part", "train.bin", "val.bin", "meta.json", "meta.json.part", "meta.json.part.tmp"]
+    for name in [*names, "progress.json", "progress.json.tmp"]:
+        (out / name).symlink_to(treasure)
+    openwebtext.main([*arguments, str(out)])
+    assert treasure.read_text() == "precious"
+    assert prepared(out)[1] == prepared(tmp_path / "whole")[1]
+    (out / "lock").unlink()
+    (out / "lock").symlink_to(treasure)
+    assert "lock is a link, a lock must be a file of its own" in told(openwebtext, [*arguments, str(out)])
+    assert treasure.read_text() == "precious"
 
 
 NO = "not a document"

@@ -24,7 +24,7 @@ import sample
 import train
 from helpers import reseal, same, weights_of
 from support import checkpoint
-from support.data import sha256_of
+from support.files import sha256_of
 from train import TrainConfig
 
 CASES = int(os.environ.get("CASES", 300))

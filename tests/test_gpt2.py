@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -55,6 +56,26 @@ def test_a_saved_model_becomes_a_checkpoint_that_starts_a_run(tmp_path, tiny):
     assert "ours exists already; name another folder with --out_dir" in told(gpt2, argv)
     assert "could not be loaded (" in told(gpt2, [f"--model={tmp_path}", f"--out_dir={tmp_path / 'new'}"])
     assert not (tmp_path / "new").exists()
+
+
+def test_a_download_is_of_one_revision_and_runs_no_code(tmp_path, monkeypatch):
+    from transformers import GPT2LMHeadModel
+
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append((name, options))
+        return theirs()
+
+    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", from_pretrained)
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        gpt2.main([f"--model={name}", f"--out_dir={tmp_path / name}-ours"])
+        assert asked[-1][0] == name and asked[-1][1]["use_safetensors"] is True
+        assert re.fullmatch("[0-9a-f]{40}", asked[-1][1]["revision"])
+    line = told(gpt2, ["--model=somebody/else", f"--out_dir={tmp_path / 'new'}"])
+    assert "--model is gpt2, gpt2-medium, gpt2-large, gpt2-xl or the folder of a saved model, got somebody/else" in line
+    assert len(asked) == 4 and len({options["revision"] for _, options in asked}) == 4
 
 
 def test_another_architecture_is_refused(tmp_path):

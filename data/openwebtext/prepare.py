@@ -27,14 +27,16 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 
 from data.openwebtext import documents as reading
 from support import data
+from support.files import lock_at, sha256_of, write_json
 from support.options import UserError, errors_in_one_line, expanded, show
 
 OPENWEBTEXT = "Skylion007/openwebtext"
+OPENWEBTEXT_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"  # without it, whatever is newest
 OPENWEBTEXT_DOCUMENTS = 8_013_769  # fewer: part of it, or a download that ended early
 CHUNK = 256  # documents per task of a process
 SAVE_EVERY = 64  # chunks between two saves
@@ -68,7 +70,7 @@ def prepare(args, out):
     job = {"source": source, "documents": len(documents), "files": files, "column": args.column}
     job |= {"val_every": args.val_every, "seed": args.seed, "chunk": CHUNK}
     try:
-        with FileLock(out / "lock", timeout=0):
+        with lock_at(out / "lock"):
             if is_done(out, job):
                 print(f"{out} holds exactly this data already")
                 return
@@ -102,7 +104,7 @@ def load_documents(path, column):
         raise UserError("this needs Hugging Face datasets: pip install datasets") from None
     if path is None:
         try:
-            documents = datasets.load_dataset(OPENWEBTEXT, split="train")
+            documents = datasets.load_dataset(OPENWEBTEXT, revision=OPENWEBTEXT_REVISION, split="train")
         except Exception as error:  # the hub, the network and the disk all raise their own
             reason = str(error).split("\n")[0][:200]
             raise UserError(
@@ -128,7 +130,7 @@ def load_documents(path, column):
         print(note)  # also before hours of work
     stats = [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     fingerprint = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-    code = tuple(data.sha256_of(module.__file__) for module in (reading, data))  # or the cache outlives its rules
+    code = tuple(sha256_of(module.__file__) for module in (reading, data))  # or the cache outlives its rules
     try:
         documents = datasets.Dataset.from_generator(
             reading.documents_of,
@@ -171,6 +173,9 @@ def tokenize(documents, job, args, out):
     except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing to continue
     chunks = range(done["chunks"], -(-len(documents) // CHUNK))
+    for part in parts.values():
+        if part.is_symlink():  # in a stranger's folder it may lead to any file
+            part.unlink()
     files = {split: open(part, "ab") for split, part in parts.items()}
     bar = tqdm(total=len(documents), initial=done["chunks"] * CHUNK, disable=None, unit="doc", dynamic_ncols=True)
     with files["train"], files["val"], bar, pool_of(args.processes, start, (documents, args)) as pool:
@@ -206,9 +211,7 @@ def save(done, files, progress):
     for file in files.values():
         file.flush()
         os.fsync(file.fileno())
-    temporary = progress.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(done), encoding="utf-8")
-    temporary.replace(progress)
+    write_json(progress, done)
 
 
 # In the other processes

