@@ -57,8 +57,9 @@ def read_run(name):
         facts = json.loads((path / "config.json").read_text(encoding="utf-8"))
         rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         facts["config"]["seed"], facts["parameters"], facts["data"]["text_sha256"]
-        [(row["val_loss_causal"], row["val_loss_topk"], row["flops"]) for row in (rows[0], rows[-1])]
-    except (OSError, ValueError, LookupError, TypeError):
+        numbers = ("step", "flops", "val_loss_causal", "val_loss_topk", "train_seconds")
+        [row[name] + 0.0 for row in (rows[0], *rows) for name in numbers]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"{path} is not the out_dir of a run: it needs config.json and metrics.jsonl") from None
     return {"name": printable(str(name)), "facts": facts, "config": facts["config"], "rows": rows}
 

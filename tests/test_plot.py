@@ -1,15 +1,18 @@
 """Comparing runs in one picture and one table."""
 
 import dataclasses
+import json
 import shutil
 import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
 import plot
 import train
+from helpers import told
 
 
 def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_path, capsys):
@@ -71,3 +74,12 @@ def test_a_folder_that_exists_is_no_pattern(tiny, tmp_path, monkeypatch, capsys)
         plot.main(names)
         rows = capsys.readouterr().out.splitlines()[2:]
         assert [row.split(" | ")[0].removeprefix("| ") for row in rows[: rows.index("")]] == expected
+
+
+@pytest.mark.parametrize("metrics", ["[" * 100_000, "{}", '"text"', "", '{"val_loss_causal": "low"}'])
+def test_nonsense_in_place_of_the_evaluations_is_one_line(tiny, metrics):
+    train.train(tiny)
+    path = Path(tiny.out_dir) / "metrics.jsonl"
+    whole = path.read_text(encoding="utf-8").splitlines()[0]
+    path.write_text(json.dumps(json.loads(whole) | json.loads(metrics)) if "low" in metrics else metrics)
+    assert f"{tiny.out_dir} is not the out_dir of a run: it needs" in told(plot, [tiny.out_dir])

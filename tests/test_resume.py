@@ -396,6 +396,24 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, monkeypatch):
     assert len(met) == 6
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGSTOP")
+def test_a_suspended_run_keeps_its_folder_and_ends_the_same(tiny):
+    train.train(whole := elsewhere(dataclasses.replace(tiny, max_iters=300, eval_interval=50), "whole"))
+    config = dataclasses.replace(whole, out_dir=tiny.out_dir)
+    argv = [f"--{name}={value}" for name, value in dataclasses.asdict(config).items()]
+    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:  # to the first evaluation after a few steps
+        if line.startswith("step  50/300"):
+            process.send_signal(signal.SIGSTOP)  # as Ctrl-Z does
+            break
+    before = {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()}
+    assert "another train.py is at work" in told(train, ["--resume", f"--out_dir={tiny.out_dir}"])
+    assert {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()} == before
+    process.send_signal(signal.SIGCONT)
+    process.communicate()
+    assert process.returncode == 0 and same(state_of(config), state_of(whole))
+
+
 def test_files_of_the_users_are_not_removed(tiny):
     train.train(tiny)
     for name in ("model-3-backup.pt", "model-mine.pt", "notes.txt"):
