@@ -165,14 +165,17 @@ def experts(done):
 
 
 def long(done):
-    """Width 64, trained ten times longer than at 1e13: MoD against the same model without its routed blocks."""
-    runs = [
-        Run(1e14, n_layer, 64, route_every, rate, seed)
-        for seed in SEEDS[:2]
-        for rate in (2.5e-3, 1.25e-3, 5e-3)
-        for n_layer, route_every in ((4, 2), (2, 0))
-    ]
-    return [run for run in runs if run not in done]
+    """
+    Width 64, trained ten times longer than at 1e13: MoD against the same model without its routed blocks.
+
+    Two seeds choose the learning rate of each, then fresh seeds report.
+    """
+    todo, best = [], []
+    for n_layer, route_every in ((4, 2), (2, 0)):
+        run, missing = search(Run(1e14, n_layer, 64, route_every, 2.5e-3), done, chosen_by=SEEDS[:2])
+        todo += missing
+        best.append(run)
+    return todo or [again for seed in FRESH for run in best for again in seeds(run, done, [seed])]
 
 
 SETS = {

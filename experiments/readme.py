@@ -21,18 +21,19 @@ FILES = (ROOT / "README.md", ROOT / "docs" / "speed.md", RESULTS / "README.md")
 
 
 def measured():
-    """What results/ holds: models of isoflop.py, lines of routing.py, models of known_depth.py, bench.py, presets."""
+    """What results/ holds: of isoflop.py, routing.py, known_depth.py and bench.py, the set `long`, the presets."""
     timed = [json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / "bench").glob("*.json")]
     return (
         report.models_of(runner.read(RESULTS / "isoflop", isoflop.Run)),
         routing.ordered(runner.read(RESULTS / "routing", isoflop.Run)),
         known_depth.ordered(runner.read(RESULTS / "known_depth", known_depth.Run)),
         sorted(timed, key=lambda f: (f["n_layer"], f.get("n_expert", 0), f.get("train_flop_ratio", 0))),
+        runner.read(RESULTS / "long", isoflop.Run),
         plot.group_by_setting([plot.read_run(path) for path in sorted((RESULTS / "shakespeare_cpu").glob("*-*"))]),
     )
 
 
-def blocks(models, learned, known, timed, presets):
+def blocks(models, learned, known, timed, long, presets):
     """The generated parts, {NAME: text}."""
     claims, verdicts = report.claims(models, learned, timed)
     return {
@@ -43,6 +44,7 @@ def blocks(models, learned, known, timed, presets):
         "verdicts": verdicts,
         "training speed": training_speed(timed),
         "sampling speed": sampling_speed(timed),
+        "long": report.long_table(long),
         "presets": plot.table(presets),
     }
 
@@ -92,12 +94,12 @@ def filled(text, parts):
 
 
 def main():
-    models, learned, known, timed, presets = measured()
+    measurements = models, learned, known, timed, _, presets = measured()
     report.draw(models, RESULTS / "isoflop")
     routing.draw(learned, RESULTS / "routing" / "routing.png")
     known_depth.draw(known, RESULTS / "known_depth" / "known_depth.png")
     plot.draw(presets, "flops", RESULTS / "shakespeare_cpu" / "losses.png")
-    parts = blocks(models, learned, known, timed, presets)
+    parts = blocks(*measurements)
     for path in FILES:
         path.write_text(filled(path.read_text(encoding="utf-8"), parts), encoding="utf-8", newline="\n")
         print(path)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from matplotlib import rc_context, ticker
 from matplotlib.figure import Figure  # not pyplot, which would change a notebook's settings
+from scipy import stats
 
 from experiments.runner import FRESH, SEEDS, loss_for_choice
 from plot import spread
@@ -23,8 +24,6 @@ LOOKS = {
 }
 MARGIN = 0.5  # percent of the loss: the most that still counts as "as good"
 SAVING = 0.75  # of the FLOPs per forward pass: the most that counts as cheaper
-# Half of a 95% interval in standard errors, by the number of seeds: Student's t with one degree of freedom less.
-T_95 = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}
 DENSE_RIVAL = "dense, without these blocks"
 
 
@@ -34,7 +33,9 @@ class Model:
 
     run: object  # of seed 1: isoflop.Run, or another experiment's
     choice: float  # the loss on the data for choosing: the mean of SEEDS when all are there, before that seed 1's
-    rows: list  # lines of runs.jsonl to report: those of FRESH if all are there, else SEEDS without the first, else it
+    rows: list  # lines of runs.jsonl to report: of SEEDS without the first, which chose the rate; else of that one
+    fresh: list  # the lines of FRESH if all are there, else none
+    halves: tuple = ("report",)  # of the held-out text, on which losses are reported; the other half is for choosing
 
     @property
     def kind(self):
@@ -52,7 +53,7 @@ class Model:
         return self.rows[0][name]
 
     def losses(self, routing="causal"):
-        return [row["report"][f"val_loss_{routing}"] for row in self.rows]
+        return [statistics.mean(row[half][f"val_loss_{routing}"] for half in self.halves) for row in self.rows]
 
     def mean(self):
         return statistics.mean(self.losses())
@@ -72,8 +73,16 @@ def models_of(done):
         if all(row["report"] for row in first + fresh):
             choosing = first if len(first) == len(SEEDS) else first[:1]
             choice = statistics.mean(row["choose"]["val_loss_causal"] for row in choosing)
-            models.append(Model(run, choice, fresh if len(fresh) == len(FRESH) else first[1:] or first))
+            models.append(Model(run, choice, first[1:] or first, fresh if len(fresh) == len(FRESH) else []))
     return models
+
+
+def final(roles):
+    """{role: model or None} by the fresh seeds, on both halves because these chose nothing, if each model has them."""
+    if not all(model.fresh for model in roles.values() if model):
+        return roles
+    both = ("choose", "report")
+    return {role: model and replace(model, rows=model.fresh, halves=both) for role, model in roles.items()}
 
 
 def difference(a, b):
@@ -82,7 +91,19 @@ def difference(a, b):
     if not (a.complete and b.complete):
         return percent, math.inf
     error = math.hypot(*(statistics.stdev(model.losses()) / math.sqrt(len(model.rows)) for model in (a, b)))
-    return percent, T_95[min(len(a.rows), len(b.rows))] * 100 * error / b.mean()
+    return percent, t_95(min(len(a.rows), len(b.rows))) * 100 * error / b.mean()
+
+
+def t_95(seeds):
+    """Half of a 95% interval in standard errors: Student's t with one degree of freedom less than seeds."""
+    return stats.t.ppf(0.975, seeds - 1)
+
+
+def compared(a, b):
+    """The `difference` as text, with the one on each half of the held-out text: "-0.13% ± 0.53 (+0.26, -0.53)"."""
+    halves = [[replace(model, halves=(half,)) for model in (a, b)] for half in ("choose", "report")]
+    text = ", ".join(signed_percent(difference(*pair)[0]).removesuffix("%") for pair in halves)
+    return f"{signed(difference(a, b))} ({text})"
 
 
 def signed(difference):
@@ -141,7 +162,7 @@ def comparisons(models):
     for budget in sorted({model.run.budget for model in models}):
         kinds = [plain(models, budget, kind) for kind in LOOKS]
         if all(len(kind) > 1 and best_of(kind).complete for kind in kinds):
-            roles = candidates(models, budget)
+            roles = final(candidates(models, budget))
             found[budget] = {**roles, "distance": difference(roles["MoD"], roles["dense"])}
     return found
 
@@ -211,7 +232,7 @@ COLUMNS = "FLOPs | :model | parameters | FLOPs/token | steps | rate | causal | t
 
 def cells(name, model, against=None):
     """The cells of a model: size, cost, learning rate, losses, and the difference from the model `against`."""
-    distance = signed(difference(model, against)) if against else ""
+    distance = compared(model, against) if against else ""
     return {
         "FLOPs": short(model.run.budget),
         "model": f"{name}, {model.name}",
@@ -230,9 +251,10 @@ def isoflop_table(models):
     rows = []
     for roles in comparisons(models).values():
         dense, rival = roles["dense"], roles["rival"]
-        rows.append(cells("best dense (also the rival)" if rival is dense else "best dense", dense))
+        same = rival and rival.run == dense.run
+        rows.append(cells("best dense (also the rival)" if same else "best dense", dense))
         rows.append(cells("best MoD", roles["MoD"], dense))
-        if rival and rival is not dense:  # None: it diverged
+        if rival and not same:  # None: it diverged
             rows.append(cells("rival of the best MoD", rival, dense))
     return markdown(f"{COLUMNS} | against dense", rows)
 
@@ -251,8 +273,7 @@ def crossover(models):
     if len(found) < 2:
         return ""
     for b, roles in found.items():
-        rival = signed(difference(roles["MoD"], roles["rival"])) if roles["rival"] else "-"
-        rows.append([short(b), signed(roles["distance"]), rival])
+        rows.append([short(b), *(compared(roles["MoD"], roles[r]) if roles[r] else "-" for r in ("dense", "rival"))])
     slope, half = trend({b: roles["distance"] for b, roles in found.items()})
     text = f"For a factor of ten in the budget the distance changes by {slope:+.2f} ± {half:.2f} points (95%).\n"
     if len(found) < 3 or abs(slope) <= half:
@@ -281,6 +302,21 @@ def expert_table(models):
     named = sorted(kinds.items(), key=lambda pair: pair[1].mean())
     rows = [cells(name, model, kinds.get("MoD") if name != "MoD" else None) for name, model in named]
     return markdown(f"{COLUMNS} | against MoD", rows)
+
+
+def long_table(done):
+    """The runs of the set long: for each learning rate the mean loss on each half, and what the fresh seeds say."""
+    groups = {}
+    for run, row in done.items():
+        which = "fresh" if run.seed in FRESH else "choice"
+        groups.setdefault((run.route_every, run.learning_rate, which), []).append(row)
+    rows = []
+    for (routed, rate, which), found in sorted(groups.items(), key=lambda pair: (pair[0][0], pair[0][2], pair[0][1])):
+        losses = [[row[half]["val_loss_causal"] for row in found] for half in ("choose", "report")]
+        seeds = ", ".join(str(row["run"]["seed"]) for row in found)
+        name = f"{'MoD' if routed else 'dense'} {found[0]['run']['n_layer']}×{found[0]['run']['n_embd']}"
+        rows.append([name, f"{rate:g}", f"{seeds} ({which})", *(spread(half, "{:.4f}") for half in losses)])
+    return markdown(":model | rate | seeds | first half | second half", rows)
 
 
 def tables(models):
@@ -462,7 +498,7 @@ def how_many(held):
 
 def claim_1(found):
     """What was found here, and the verdict, as in all functions below."""
-    here = "; ".join(f"{short(b)}: {signed(roles['distance'])}" for b, roles in found.items())
+    here = "; ".join(f"{short(b)}: {compared(roles['MoD'], roles['dense'])}" for b, roles in found.items())
     b = max(found)
     percent, half = found[b]["distance"]
     verdict = "not" if percent > half else "reproduced" if percent < -half else "no difference seen"
@@ -475,7 +511,7 @@ def claim_2(found):
     for b, roles in found.items():
         size, cost = (roles["MoD"][x] / roles["dense"][x] for x in ("parameters", "forward_flops_per_token"))
         held.append(size > 1 and cost <= 1)
-        here.append(f"{short(b)}: {size:.2f} times as many, at {cost:.2f} times the FLOPs per forward pass")
+        here.append(f"{short(b)}: {size:.2f} times as many, at {cost:.2f} times the FLOPs")
     return "; ".join(here), how_many(held)
 
 
@@ -491,7 +527,7 @@ def as_good_and_cheaper(found, role, timed):
         size, cost = (mod[x] / dense[x] for x in ("parameters", "forward_flops_per_token"))
         good, bad = percent + half < MARGIN and cost <= SAVING, percent - half > MARGIN or cost > SAVING
         verdict = f"{'reproduced' if good else 'not' if bad else 'undecided'}, at {short(b)}"
-        here.append(f"{short(b)}: {mod.name} against {dense.name} {signed((percent, half))}")
+        here.append(f"{short(b)}: {mod.name} against {dense.name} {compared(mod, dense)}")
     if mod:  # at the largest budget
         pair = mod.run.n_layer, mod.run.n_embd, f"{dense.run.n_layer}x{dense.run.n_embd}"
         times = [t["train_time_ratio"] for t in timed if (t["n_layer"], t["n_embd"], t.get("against")) == pair]
@@ -505,10 +541,11 @@ def claim_5(models):
     asked = ["capacity 0.0625", "capacity 0.25", "capacity 0.5", "every block routed", "stochastic routing"]
     for b in reversed(comparisons(models)):
         base, others = changes(models, b)
-        found = {name: difference(model, base) for name, model, _ in others if model.complete}
+        found = {name: model for name, model, _ in others if model.complete}
         if found.keys() >= set(asked):
-            here = "; ".join(f"{name} {signed(found[name])}" for name in asked)
-            held = [found[name][0] - found[name][1] > (name == "stochastic routing") for name in asked]
+            here = "; ".join(f"{name} {compared(found[name], base)}" for name in asked)
+            distances = [(name, *difference(found[name], base)) for name in asked]
+            held = [percent - half > (name == "stochastic routing") for name, percent, half in distances]
             return f"{here}, at the size that is best for 12.5%", f"{how_many(held)}, at {short(b)}"
     return NOT_RUN
 
@@ -556,7 +593,7 @@ def claim_8(models):
     if not all(name in kinds for pair in pairs for name in pair):
         return NOT_RUN
     found = {(a, b): difference(kinds[a], kinds[b]) for a, b in pairs}
-    here = "; ".join(f"{a} against {b} {signed(found[a, b])}" for a, b in pairs)
+    here = "; ".join(f"{a} against {b} {compared(kinds[a], kinds[b])}" for a, b in pairs)
     unclear = all(abs(found[pair][0]) <= found[pair][1] for pair in judged)
     verdict = "no difference seen" if unclear else how_many([sum(found[pair]) < 0 for pair in judged])
     return here, f"{verdict}, at {short(kinds['MoD'].run.budget)}"

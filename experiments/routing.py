@@ -167,7 +167,7 @@ def lengths(rows):
     for T in LENGTHS:
         topk, causal = ([row["lengths"][str(T)][routing] for row in rows] for routing in ("topk", "causal"))
         costs = [100 * (c / t - 1) for c, t in zip(causal, topk)]
-        half = report.T_95[len(costs)] * statistics.stdev(costs) / math.sqrt(len(costs)) if len(costs) > 2 else math.inf
+        half = report.t_95(len(costs)) * statistics.stdev(costs) / math.sqrt(len(costs)) if len(costs) > 2 else math.inf
         cost = report.signed((statistics.mean(costs), half))
         cells.append([T, spread(topk, "{:.4f}"), spread(causal, "{:.4f}"), cost])
     return report.markdown("tokens of context | top-k | causal | causal against top-k", cells)

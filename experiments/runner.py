@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import shutil
 import signal
+import statistics
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -27,18 +28,34 @@ from support.options import UserError, expanded
 SEEDS = (1, 2, 3, 4)  # the first one chooses learning rates, and which models get the others
 FRESH = (5, 6, 7, 8, 9, 10)  # of the models in the final comparison, trained when all choices are made
 FACTOR = 2  # between two learning rates
+CLIFF = 1.05  # times the loss: so much worse at the next higher rate
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def search(run, done):
-    """`run` with its best learning rate so far, and the runs that are still needed to find the best one."""
+def search(run, done, chosen_by=SEEDS[:1]):
+    """
+    `run` with its best learning rate so far, and the runs that are still needed to find the best one.
+
+    Each rate has the mean loss of the seeds `chosen_by`. Several seeds also see a cliff: where twice the best rate is
+    far worse, the best one is too risky, and half of it is taken.
+    """
+
+    def at(factor):
+        return replace(run, learning_rate=run.learning_rate * factor)
+
+    def loss(other):
+        return statistics.mean(loss_for_choice(replace(other, seed=seed), done) for seed in chosen_by)
+
     while True:  # move by FACTOR while a neighbour is better, so the best rate has a worse one on both sides
-        near = [replace(run, learning_rate=run.learning_rate * factor) for factor in (1 / FACTOR, 1, FACTOR)]
-        missing = [other for other in near if other not in done]
-        best = min(near, key=lambda other: loss_for_choice(other, done))
+        near = [at(1 / FACTOR), run, at(FACTOR)]
+        missing = [again for other in near for again in seeds(other, done, chosen_by)]
+        best = min(near, key=loss)
         if missing or best == run:
-            return best, missing
+            break
         run = best
+    if len(chosen_by) > 1 and not missing and loss(at(FACTOR)) > CLIFF * loss(run):
+        return near[0], missing
+    return best, missing
 
 
 def seeds(run, done, wanted=SEEDS[1:]):

@@ -58,6 +58,22 @@ def test_the_search_takes_a_run_that_diverged_for_the_worst():
     assert found[0].learning_rate == 0.5
 
 
+def test_two_seeds_choose_a_rate_together_and_not_beside_a_cliff():
+    def chosen(losses):
+        """The rate that the search chooses. losses: {rate: loss of seed 1, loss of seed 2}"""
+        done = {}
+        while (found := runner.search(FakeRun("a"), done, chosen_by=(1, 2)))[1]:
+            for run in found[1]:
+                assert run not in done
+                done[run] = line(run, losses[run.learning_rate][run.seed - 1])
+        assert found[0].seed == 1
+        return found[0].learning_rate
+
+    assert chosen({2: (1.0, 1.4), 4: (1.1, 1.1), 8: (1.12, 1.12)}) == 4  # seed 1 alone would go to lower rates
+    assert chosen({1: (1.3, 1.3), 2: (1.2, 1.2), 4: (1.1, 1.1), 8: (1.1, 1.3)}) == 2
+    assert chosen({1: (1.3, 1.3), 2: (1.2, 1.2), 4: (1.1, 1.1), 8: (None, 1.1)}) == 2
+
+
 def execute_fake(run, folder):
     if run.name == "fails":
         raise ValueError("this run fails")
@@ -233,6 +249,20 @@ def test_a_lucky_first_seed_does_not_choose_the_model_that_gets_fresh_seeds():
     done = finish(lambda done: isoflop.compared(3e12, ((1, 64), (1, 96)), done), loss)
     fresh = {(run.n_layer, run.n_embd) for run in done if run.seed in runner.FRESH}
     assert fresh == {(1, 64), (2, 64)} and {run.seed for run in done} == {*runner.SEEDS, *runner.FRESH}
+
+
+def test_the_long_set_reports_by_seeds_that_did_not_choose():
+    def loss(run):
+        return 2 + 0.01 * abs(math.log(run.learning_rate / (1.25e-3 if run.route_every else 2.5e-3)))
+
+    done = finish(isoflop.long, loss)
+    fresh = [run for run in done if run.seed in runner.FRESH]
+    assert list(done)[-len(fresh) :] == fresh and [run.seed for run in fresh] == sorted(2 * list(runner.FRESH))
+    assert {run.seed for run in done if run not in fresh} == {1, 2}
+    assert {(run.n_layer, run.learning_rate) for run in fresh} == {(4, 1.25e-3), (2, 2.5e-3)}
+    rows = report.long_table({run: row_of(run, run.seed + 1.0) for run in done}).splitlines()[2:]
+    assert "| MoD 4×64 | 0.00125 | 5, 6, 7, 8, 9, 10 (fresh) | 8.5000 ± 1.8708 | 8.5000 ± 1.8708 |" in rows
+    assert len(rows) == 2 * 3 + 1 + 2  # MoD's search took a fourth rate
 
 
 def test_the_ablations_change_one_thing_each_at_a_rate_of_their_own(monkeypatch):
@@ -461,7 +491,7 @@ def row_of(run, loss, choice=None):
     half = {"val_loss_causal": loss, "val_loss_topk": loss, "predictor_accuracy": 0.98, "taken": [0.12]}
     return {
         "run": dict(vars(run)),
-        "choose": {"val_loss_causal": choice or loss},
+        "choose": dict.fromkeys(("val_loss_causal", "val_loss_topk"), choice or loss),
         "report": half,
         "parameters": run.n_layer * run.n_embd**2,
         "forward_flops_per_token": run.n_embd**2 * (0.56 if run.route_every else 1) * run.n_layer,
@@ -474,6 +504,10 @@ def lines_of(run, losses, choice=None):
     """Lines for seed 1, 2, ... with these losses."""
     runs = [replace(run, seed=i) for i in range(1, len(losses) + 1)]
     return {run: row_of(run, loss, choice) for run, loss in zip(runs, losses)}
+
+
+def replace_loss(row, choose, report):
+    return {**row, "choose": {"val_loss_causal": choose}, "report": {"val_loss_causal": report}}
 
 
 MOD = isoflop.Run(1e13, 4, 64, 2)
@@ -505,9 +539,17 @@ def test_fresh_seeds_give_the_figures_as_soon_as_all_of_them_are_there():
     early, fresh = [9.9, 1.5, 1.6, 1.7], [1.3, 1.4, 1.5, 1.3, 1.4, 1.5]
     assert pair(early + fresh[:-1])[1].mean() == pytest.approx(1.6)
     dense, mod = pair(early + fresh)
-    assert mod.mean() == pytest.approx(1.4) and mod.complete and mod.choice == pair(early)[1].choice
-    percent, half = report.difference(mod, replace(dense, rows=mod.rows))
-    assert percent == 0 and half == pytest.approx(2.571 * math.sqrt(0.008 * 2 / 6) / 1.4 * 100, rel=1e-3)
+    assert mod.mean() == pytest.approx(1.6) and mod.choice == pair(early)[1].choice
+    assert report.final({"dense": dense, "MoD": mod})["MoD"] is mod  # compared by the same seeds, so not one alone
+    mod = report.final({"MoD": mod, "rival": None})["MoD"]
+    # Fresh seeds chose nothing, so they report on both halves of the text. On the other one each has a loss of 1.5.
+    assert mod.losses() == pytest.approx([(loss + 1.5) / 2 for loss in fresh]) and mod.complete
+    percent, half = report.difference(mod, mod)
+    assert percent == 0 and half == pytest.approx(2.571 * math.sqrt(0.008 / 4 * 2 / 6) / 1.45 * 100, rel=1e-3)
+    worse = replace(mod, rows=[replace_loss(row, 1.6, 1.45) for row in mod.rows])
+    assert report.compared(worse, mod).startswith("+5.17% ±") and report.compared(worse, mod).endswith(
+        " (+6.67, +3.57)"
+    )
 
 
 def test_the_mean_of_all_seeds_chooses_among_those_that_have_them():
@@ -662,6 +704,37 @@ def test_another_context_is_compared_with_its_rival():
     done |= lines_of(replace(MOD, route_every=0), [1, 1.7, 1.7, 1.7])
     table = report.ablation_table(report.models_of(done))
     assert "context 256, against its rival" in table and "+0.67% ±" in table and "no block routed" in table
+
+
+def test_the_numbers_of_the_claims_follow_from_the_runs():
+    """Claims 1, 3 and 4 once more, from the lines alone."""
+    rows = [json.loads(line) for line in (ROOT / "results/isoflop/runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    claims = [
+        line for line in (ROOT / "results/README.md").read_text(encoding="utf-8").splitlines() if "| `exp" in line
+    ]
+
+    def losses(budget, name, routed):
+        layers, width = map(int, name.split("×"))
+        size = {"budget": budget, "n_layer": layers, "n_embd": width, "route_every": 2 * routed, "variant": ""}
+        size |= {"capacity": 0.125, "causal_method": "predictor", "block_size": 128, "n_expert": 0}
+        found = [row for row in rows if size.items() <= row["run"].items() and row["run"]["seed"] in range(5, 11)]
+        return np.array([[row[half]["val_loss_causal"] for half in ("choose", "report")] for row in found])
+
+    def expected(mod, dense):
+        assert mod.shape == dense.shape == (6, 2)
+        first, second = 100 * (mod.mean(0) / dense.mean(0) - 1)
+        error = math.hypot(*(np.std(x.mean(1), ddof=1) / math.sqrt(6) for x in (mod, dense)))
+        percent = 100 * (mod.mean() / dense.mean() - 1)
+        return f"{percent:+.2f}% ± {100 * 2.5706 * error / dense.mean():.2f} ({first:+.2f}, {second:+.2f})"
+
+    best = {1e12: ("2×64", "1×64"), 3e12: ("2×96", "1×96"), 1e13: ("2×128", "1×128")}
+    for budget, (mod, dense) in best.items():
+        short = f"{budget:.0e}".replace("+", "")
+        assert f"{short}: {expected(losses(budget, mod, 1), losses(budget, dense, 0))}" in claims[0]
+        for claim in claims[2:4]:
+            mod, dense = re.search(rf"{short}: (\S+) against (\S+) ", claim).groups()
+            pair = expected(losses(budget, mod, 1), losses(budget, dense, 0))
+            assert f"{short}: {mod} against {dense} {pair}" in claim
 
 
 def test_the_pictures_can_be_drawn(tmp_path):
