@@ -328,8 +328,13 @@ def test_the_keyboard_alone(browser, example, model):
     whole, data = example
     driver = browser(whole)
     thresholds = sorted({0.0, *(x for block in data["causal"]["logits"] for x in block)})
-    rows = lambda: [row.text for row in find(driver, "#shares tbody tr")]  # noqa: E731
-    focus = lambda: driver.execute_script("return document.activeElement.id || document.activeElement.tagName")  # noqa: E731
+
+    def rows():
+        return [row.text for row in find(driver, "#shares tbody tr")]
+
+    def focus():
+        return driver.execute_script("return document.activeElement.id || document.activeElement.tagName")
+
     order = []
     for _ in range(5):
         press(driver, "TAB")
@@ -348,18 +353,24 @@ def test_the_keyboard_alone(browser, example, model):
     assert rows()[-1].startswith("FLOPs 100.0% (")
     press(driver, "TAB")
     assert told(driver) == known(data, 0, "causal", thresholds[0] - 1)
-    tops = [span.rect["y"] for span in find(driver, "#text span")]
-    below = next(i for i, y in enumerate(tops) if y > tops[0])
-    for keys, i in ((["ARROW_RIGHT"] * 3, 3), (["ARROW_LEFT"], 2), (["END"], 23), (["ARROW_RIGHT"], 23), (["HOME"], 0),
-                    (["ARROW_LEFT"], 0), (["ARROW_UP"], 0), (["ARROW_DOWN"], below), (["ARROW_UP"], 0)):  # fmt: skip
-        press(driver, *keys)
-        assert told(driver) == known(data, i, "causal", thresholds[0] - 1), keys
+    lines = "const {left, top} = text.children[%d].getClientRects()[0]; return [Math.round(left), Math.round(top)]"
+    places = [driver.execute_script(lines % i) for i in range(24)]
+    tops = sorted({top for _, top in places})
+
+    def nearest(i, line):
+        return min((j for j in range(24) if places[j][1] == tops[line]), key=lambda j: abs(places[j][0] - places[i][0]))
+
+    below, above = nearest(0, 1), nearest(nearest(0, 1), 0)
+    keys = "ARROW_RIGHT ARROW_RIGHT ARROW_LEFT END ARROW_RIGHT HOME ARROW_LEFT ARROW_UP ARROW_DOWN ARROW_UP".split()
+    for key, i in zip(keys, (1, 2, 1, 23, 23, 0, 0, 0, below, above), strict=True):
+        press(driver, key)
+        assert told(driver) == known(data, i, "causal", thresholds[0] - 1), key
     find(driver, "#reset")[0].send_keys("\n")
     assert rows() == shares(data, model)
     find(driver, "#causal")[0].send_keys(Keys.ARROW_RIGHT)  # from one radio button to the next
-    assert told(driver) == known(data, 0, "topk")
+    assert told(driver) == known(data, above, "topk")
     find(driver, "#slider")[0].send_keys(Keys.ARROW_LEFT)  # the threshold is of causal routing, so this switches back
-    assert told(driver)[0] == known(data, 0, "causal")[0]
+    assert told(driver)[0] == known(data, above, "causal")[0]
     assert find(driver, "#token")[0].get_attribute("role") == "status"  # a screen reader says what changes there
     names = [find(driver, f"#{name}")[0].accessible_name for name in ("causal", "topk", "slider", "reset")]
     assert [name.split()[0] for name in names] == ["causal", "top-k", "Threshold:", "reset"]
