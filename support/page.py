@@ -22,7 +22,8 @@ def show(model, tokenizer, text):
 
     content = html.escape(page(model, tokenizer, tokenizer.encode(text)))
     # In the sandbox, the page cannot reach the notebook.
-    return HTML(f'<div><iframe sandbox="allow-scripts" srcdoc="{content}" width="100%" height="800"></iframe></div>')
+    frame = f'<iframe sandbox="allow-scripts" srcdoc="{content}" width="100%" height="800" style="border: 0"></iframe>'
+    return HTML(f"<div>{frame}</div>")  # IPython warns of a frame alone
 
 
 def page(model, tokenizer, ids):
