@@ -31,8 +31,8 @@ except ImportError:
 
 NASTY = [
     "</script><script>window.hacked = 1</script>", "<img src=x onerror=window.hacked=1>", "<!--", "]]>", "&lt;", "\"'`",
-    "${window.hacked = 1}", "\ud800", "\x00\x1b[2J", "\u2028", "\u202e", "", "DATA", "\\u003c", "{", "\u6c34", "\n",
-    " ",
+    "${window.hacked = 1}", "\ud800", "\x00\x1b[2J", "\u2028", "\u202e", "", "DATA", "\\u003c", "x" * 50, "\u6c34",
+    "\n", " ",
 ]  # fmt: skip
 
 
