@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from cache import KVCache, set_dtype, stream
-from support import checkpoint, depth, options
+from support import checkpoint, depth, options, page
 from support.data import text_of, tokenizer_of
 from support.options import UserError, at_least, errors_in_one_line, expanded, pick_device, pick_dtype
 
@@ -38,6 +38,7 @@ class SampleConfig:
     show_depth: bool = False  # colour each token by how many routed blocks processed it
     depth_svg: str = ""  # draw the first sample, coloured as by --show_depth, to this .svg file
     routing_map: str = ""  # draw which routed block processed which of its tokens to this .png, .svg or .pdf file
+    html: str = ""  # write the first sample as a page to explore in a browser to this .html file
     device: str = "auto"  # auto (the best available), cpu, cuda, mps, ...
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 if the GPU has it
 
@@ -64,7 +65,8 @@ def load(out_dir=PRETRAINED, device="auto"):
 
 def sample(config):
     """Print the samples, the first as it comes; returns the texts, prompt included, a list of num_samples strings."""
-    pictures = {name: Path(getattr(config, name)) for name in ("depth_svg", "routing_map") if getattr(config, name)}
+    names = ("depth_svg", "routing_map", "html")
+    pictures = {name: Path(getattr(config, name)) for name in names if getattr(config, name)}
     check(config, pictures)
     device = pick_device(config.device)
     model, tokenizer = load(config.out_dir or PRETRAINED, device)
@@ -73,7 +75,7 @@ def sample(config):
     if not layers and (config.show_depth or pictures):
         raise UserError(
             f"{config.out_dir} holds a dense model, in which every token goes through every block; "
-            "drop --show_depth, --depth_svg and --routing_map"
+            "drop --show_depth, --depth_svg, --routing_map and --html"
         )
     prompt = tokenizer.encode(read_prompt(config.start)) or tokenizer.default_prompt
     if max(prompt) >= model.config.vocab_size:
@@ -82,7 +84,7 @@ def sample(config):
     printer = depth.DepthPrinter(len(layers)) if config.show_depth else depth.PlainPrinter()
     printer.legend()
     try:
-        texts, taken, seconds, cache_bytes = follow(model, prompt, tokenizer, config, printer)
+        texts, taken, seconds, cache_bytes, ids = follow(model, prompt, tokenizer, config, printer)
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
             raise
@@ -106,6 +108,9 @@ def sample(config):
             depth.save_svg(texts[0], depths[0], len(layers), pictures["depth_svg"])
         if config.routing_map:
             depth.routing_map(taken[:, 0].numpy(), texts[0][unread:], layers, pictures["routing_map"])
+        if config.html:
+            whole = page.page(model, tokenizer, ids[unread:])
+            checkpoint.write_whole(pictures["html"], lambda file: file.write(whole.encode("utf-8")))
     except (OSError, ValueError) as error:  # ValueError: matplotlib's, for a text too long to draw
         raise UserError(f"cannot write the picture: {error}") from None
     return ["".join(text) for text in texts]
@@ -116,12 +121,12 @@ def follow(model, prompt, tokenizer, config, printer):
     Generate, and print the first text as it comes.
 
     Returns the texts as lists of token texts; which routed block took which token, bool (routed blocks, num_samples,
-    tokens read); the seconds spent after the prompt was read; the cache's peak size in bytes.
+    tokens read); the seconds spent after the prompt was read; the cache's peak size in bytes; the first text's tokens.
     """
     cache = KVCache(model.config, config.num_samples)
     decoders = [tokenizer.decoder() for _ in range(config.num_samples)]
     texts = [[decode(t) for t in prompt] for decode in decoders]
-    taken, seconds, cache_bytes = [], 0.0, 0
+    taken, seconds, cache_bytes, ids = [], 0.0, 0, list(prompt)
     # A token's depth is known only when the next step reads it. So ask for one token more, and print one step behind.
     options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
     new_tokens = stream(model, [prompt] * config.num_samples, config.max_new_tokens + 1, cache, **options)
@@ -138,11 +143,12 @@ def follow(model, prompt, tokenizer, config, printer):
             printer.add_all(texts[0][:-new], [None] * (len(prompt) - new))
         printer.add_all(texts[0][-new:], taken[-1][:, 0].sum(dim=0).tolist())
         if i < config.max_new_tokens:
+            ids.append(tokens[0])
             for text, decode, t in zip(texts, decoders, tokens):
                 text.append(decode(t))
         clock = time.perf_counter()
     printer.close()
-    return texts, torch.cat(taken, dim=2), seconds, cache_bytes
+    return texts, torch.cat(taken, dim=2), seconds, cache_bytes, ids
 
 
 def check(config, pictures):
@@ -150,7 +156,7 @@ def check(config, pictures):
     at_least(0, config, "temperature top_k seed")
     if not 0 < config.top_p <= 1:
         raise UserError(f"top_p is a probability in (0, 1], got {config.top_p}")
-    endings = {"depth_svg": (".svg",), "routing_map": (".png", ".svg", ".pdf")}
+    endings = {"depth_svg": (".svg",), "routing_map": (".png", ".svg", ".pdf"), "html": (".html",)}
     for name, path in pictures.items():
         if path.suffix.lower() not in endings[name]:
             raise UserError(f"{name} is a file that ends with {' or '.join(endings[name])}, got {path}")

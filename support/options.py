@@ -38,7 +38,8 @@ INSTEAD = {  # of options that nanoGPT or an earlier version has
     "init_from": "name the model's folder with --out_dir",  # in sample.py
     "compile": "leave it out, sampling is not compiled",
 }
-PATHS = ("out_dir", "dataset", "init_from", "model", "depth_svg", "routing_map")  # in these options ~ is expanded
+# In these options ~ is expanded.
+PATHS = ("out_dir", "dataset", "init_from", "model", "depth_svg", "routing_map", "html")
 CONTROL_PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {127: 0x2421}
 CONTROL_PICTURES |= {i: rf"\x{i:x}" for i in range(128, 160)}
 

@@ -303,9 +303,11 @@ ROWS = [
     ("sample", "--out_dir=run --depth_svg=a.png", "depth_svg is a file that ends with .svg, got a.png"),
     ("sample", "--out_dir=run --depth_svg=a.svg --routing_map=a.svg", "depth_svg and routing_map cannot both be a.svg"),
     ("sample", "--out_dir=run --depth_svg=none/a.svg", "there is no folder none; make it first"),
+    ("sample", "--out_dir=run --html=a.htm", "html is a file that ends with .html, got a.htm"),
     ("sample", "--out_dir=run --routing_map=folder.png", "cannot write the picture"),
     ("sample", "--out_dir=dense --show_depth", "holds a dense model, in which every token goes through every block"),
     ("sample", "--out_dir=dense --routing_map=a.png", "holds a dense model"),
+    ("sample", "--out_dir=dense --html=a.html", "holds a dense model"),
     ("sample", "--out_dir=run_cut", "is damaged: its SHA-256 is not the one in best.json"),
     ("sample", "--out_dir=run_flipped", "is damaged: its SHA-256 is not the one in best.json"),
     ("sample", "--out_dir=run_gone", "is missing, best.json needs it; train again or use another checkpoint"),
@@ -486,9 +488,11 @@ def test_home_is_expanded_in_paths_only(monkeypatch, tmp_path):
     config = load(train.TrainConfig, ["--out_dir=~/a", "--dataset=~/b", "--init_from=~/c", "--wandb=~d"], "")
     expected = *(str(tmp_path / name) for name in "abc"), "~d"
     assert (config.out_dir, config.dataset, config.init_from, config.wandb) == expected
-    config = load(sample.SampleConfig, ["--start=~", "--depth_svg=~/a.svg", "--routing_map=~/a.png"], "")
-    expected = "~", str(tmp_path / "a.svg"), str(tmp_path / "a.png")
-    assert (config.start, config.depth_svg, config.routing_map) == expected
+    config = load(
+        sample.SampleConfig, ["--start=~", "--depth_svg=~/a.svg", "--routing_map=~/a.png", "--html=~/a.html"], ""
+    )
+    expected = "~", *(str(tmp_path / name) for name in ("a.svg", "a.png", "a.html"))
+    assert (config.start, config.depth_svg, config.routing_map, config.html) == expected
     shutil.copy(ROOT / "results/shakespeare_cpu/mod-1/config.json", tmp_path)
     shutil.copy(ROOT / "results/shakespeare_cpu/mod-1/metrics.jsonl", tmp_path)
     plot.main(["~", "--out=~/losses.png"])

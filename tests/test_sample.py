@@ -158,7 +158,7 @@ def test_the_report_counts_the_steps_alone_and_the_most_that_the_cache_took(tiny
     report = capsys.readouterr().err
     assert report.startswith("1 x 40 tokens in 40.00 s, 1 tokens/s; KV cache 0.00 MB")
     model, _ = checkpoint.load(Path(tiny.out_dir), "best", "cpu")
-    _, _, _, cache_bytes = sample.follow(
+    _, _, _, cache_bytes, _ = sample.follow(
         model, [0], CharTokenizer(["x"] * 28), sample.SampleConfig(max_new_tokens=16), mute()
     )
     assert cache_bytes >= 2 * 16 * 16 * 4  # after 17 tokens the window of 16 has just restarted
