@@ -20,6 +20,7 @@ import torch
 from cache import KVCache, set_dtype, stream
 from support import checkpoint, depth, options, page
 from support.data import text_of, tokenizer_of
+from support.files import write_whole
 from support.options import UserError, at_least, errors_in_one_line, expanded, pick_device, pick_dtype
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "shakespeare_mod"
@@ -110,7 +111,7 @@ def sample(config):
             depth.routing_map(taken[:, 0].numpy(), texts[0][unread:], layers, pictures["routing_map"])
         if config.html:
             whole = page.page(model, tokenizer, ids[unread:])
-            checkpoint.write_whole(pictures["html"], lambda file: file.write(whole.encode("utf-8")))
+            write_whole(pictures["html"], lambda file: file.write(whole.encode("utf-8")))
     except (OSError, ValueError) as error:  # ValueError: matplotlib's, for a text too long to draw
         raise UserError(f"cannot write the picture: {error}") from None
     return ["".join(text) for text in texts]
