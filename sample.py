@@ -127,13 +127,15 @@ def follow(model, prompt, tokenizer, config, printer):
     new_tokens = stream(model, [prompt] * config.num_samples, config.max_new_tokens + 1, cache, **options)
     clock = time.perf_counter()
     for i, tokens in enumerate(new_tokens):
-        tokens = tokens.tolist()  # waits for the device
+        new = cache.n_read[0] if i == 0 else 1  # tokens read in this step: the prompt (at most a window of it), then 1
+        # All that is needed of this step in one copy, because each waits for the device: new tokens, and who took what.
+        decisions = [block.taken[:, -new:] for block in model.routed_blocks]
+        step = torch.cat([tokens[:, None], *decisions], dim=1).cpu()  # (num_samples, 1 + routed blocks * new)
+        tokens = step[:, 0].tolist()
         if i > 0:
             seconds += time.perf_counter() - clock
         cache_bytes = max(cache_bytes, cache.nbytes)
-        new = cache.n_read[0] if i == 0 else 1  # tokens read in this step: the prompt (at most a window of it), then 1
-        blocks = [block.taken[:, -new:].cpu() for block in model.routed_blocks]
-        taken.append(torch.stack(blocks) if blocks else torch.zeros(0, config.num_samples, new, dtype=torch.bool))
+        taken.append(step[:, 1:].bool().unflatten(1, (len(decisions), new)).transpose(0, 1))
         if i == 0:
             printer.add_all(texts[0][:-new], [None] * (len(prompt) - new))
         printer.add_all(texts[0][-new:], taken[-1][:, 0].sum(dim=0).tolist())
