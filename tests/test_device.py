@@ -311,7 +311,8 @@ def test_more_than_256_tokens_are_sorted_as_apple_gpus_can(gpu):
         assert all(torch.equal(model(idx, routing=r)[0].cpu(), e) for r, e in zip(("topk", "causal"), expected))
 
 
-def test_compiled_training_is_one_graph_for_the_whole_run(tiny, monkeypatch):
+@pytest.mark.parametrize("kind", ["MoD", "dense", "staged"])
+def test_compiled_training_is_one_graph_for_the_whole_run(tiny, monkeypatch, kind):
     """On the CPU: dynamo does not look through Pretended. fullgraph excludes reads, for they break a graph."""
     graphs = []
 
@@ -320,7 +321,7 @@ def test_compiled_training_is_one_graph_for_the_whole_run(tiny, monkeypatch):
         torch.nn.Module.compile(self, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
 
     monkeypatch.setattr(GPT, "compile", compiled)
-    config = dataclasses.replace(tiny, compile="True", max_iters=50, eval_interval=20)
+    config = dataclasses.replace(tiny, compile="True", max_iters=50, eval_interval=20, **KINDS[kind])
     train.train(dataclasses.replace(config, max_iters=30))
     train.train(dataclasses.replace(config, resume=True))
     assert len(graphs) == 2  # one for each command, though both evaluate in between
