@@ -251,6 +251,8 @@ def save(out_dir, model, stateful, progress, info, stop):
     instead of saving weights that are not finite.
     """
     progress.read(stateful["scaler"])
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise Diverged("largest weight", math.inf, progress.step)
     if not ranks.is_main():
         progress.saved = progress.step
         return True

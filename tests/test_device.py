@@ -179,13 +179,11 @@ KINDS = {
     "dense": dict(route_every=0),
     "router": dict(causal_method="router"),
     "exploring_noise": dict(variant="exploring_noise"),
-    "stochastic": dict(variant="stochastic"),
     "position": dict(variant="position"),
     "attention_only": dict(variant="attention_only"),
     "expert_threshold": dict(variant="expert_threshold"),
     "moe": dict(n_expert=2),
     "staged": dict(n_expert=2, staged=True),
-    "integrated": dict(n_expert=2, n_noop=1),
 }
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
