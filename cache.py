@@ -61,13 +61,15 @@ class Slots:
         self.end = max(start) + T  # S: tokens in the longest row after this pass
         self.mask = None  # hides the unused end of shorter rows
         self.stored = slice(None)  # selects these rows of the storage; for all rows a slice, which copies nothing
-        if rows != list(range(batch_size)):
-            self.stored = torch.tensor(rows, device=device)
+        some, ragged = rows != list(range(batch_size)), min(start) < max(start)
+        if some or ragged:
+            index, self.slot = to_device([rows, start], device)  # one copy for both
+        if some:
+            self.stored = index
         self.new = self.stored, slice(None), slice(self.end - T, self.end)  # selects where the new tokens go
-        if min(start) < max(start):  # one token per row, and the rows have different lengths
-            slot = torch.tensor(start, device=device)
-            self.new = torch.tensor(rows, device=device)[:, None], slice(None), slot[:, None]
-            self.mask = torch.arange(self.end, device=device) <= slot[:, None, None, None]  # (n, 1, 1, S)
+        if ragged:  # one token per row, and the rows have different lengths
+            self.new = index[:, None], slice(None), self.slot[:, None]
+            self.mask = torch.arange(self.end, device=device) <= self.slot[:, None, None, None]  # (n, 1, 1, S)
 
 
 class View:
@@ -123,12 +125,21 @@ class KVCache:
                 layer.k = layer.v = None
 
 
+def to_device(numbers, device):
+    """A tensor of these Python numbers. On CUDA the copy is queued from pinned memory, so Python does not wait."""
+    numbers, on_cuda = torch.tensor(numbers), torch.device(device).type == "cuda"
+    return numbers.pin_memory().to(device, non_blocking=True) if on_cuda else numbers.to(device)
+
+
 @torch.no_grad()
 def read(model, cache, idx, rows):
     """Read the new tokens idx (n, T) into these rows, with causal routing. Returns the next logits (n, vocab_size)."""
     T, device, start = idx.size(1), model.lm_head.weight.device, [cache.n_read[row] for row in rows]
     slots = Slots(rows, start, T, len(cache.n_read), device)
-    positions = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device)  # (n, T)
+    if slots.mask is None:  # all rows continue at the same place
+        positions = torch.arange(start[0], slots.end, device=device)[None]  # (1, T)
+    else:
+        positions = slots.slot[:, None]  # (n, 1)
     views = [View(layer, slots, [T] * len(rows)) for layer in cache.layers]
     with evaluating(model):
         x = model.trunk(idx.to(device), positions, "causal", views)  # (n, T, C)
@@ -181,11 +192,15 @@ def stream(model, prompts, max_new_tokens, cache=None, seed=None, **options):
         raise ValueError(f"the cache has {len(cache.n_read)} rows, but there are {len(texts)} prompts")
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     token = None  # the last tokens (B,)
+    unread = []  # the tokens that `texts` lacks; reading each at once would wait for the device
     for i in range(max_new_tokens):
         fresh = [row for row in range(len(texts)) if i == 0 or cache.n_read[row] == block_size]
         others = [row for row in range(len(texts)) if row not in fresh]
         logits = []
         if fresh:
+            for text, tokens in zip(texts, torch.stack(unread, dim=1).tolist() if unread else []):
+                text += tokens
+            unread.clear()
             windows = [texts[row] for row in fresh]
             windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
             logits.append(prefill(model, cache, windows, fresh))
@@ -193,11 +208,11 @@ def stream(model, prompts, max_new_tokens, cache=None, seed=None, **options):
             logits.append(step(model, cache, token[others] if fresh else token, others))
         logits = torch.cat(logits)
         if fresh and others:
-            logits = logits[torch.tensor(fresh + others, device=device).argsort()]  # back in the order of the rows
+            order = fresh + others
+            logits = logits[[order.index(row) for row in range(len(texts))]]  # back in the order of the rows
         token = pick_token(logits, generator=generator, **options)  # (B,)
+        unread.append(token)
         yield token
-        for text, t in zip(texts, token.tolist()):
-            text.append(t)
 
 
 def generate(model, idx, max_new_tokens, **options):

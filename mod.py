@@ -186,15 +186,17 @@ class RoutedBlock(Block):
         """The k tokens with the largest scores in each sequence, in time order (B, k)."""
         k = capacity_in_tokens(self.capacity, r.size(1))
         # topk sorts by score. Attention's causal mask only knows the order in which tokens arrive, so without the sort
-        # a token would see later ones and miss earlier ones.
-        picked = self.scores(r).topk(k, dim=1).indices.sort(dim=1).values
+        # a token would see later ones and miss earlier ones. Sort int32: on some Apple GPUs a sort of int64 is wrong
+        # beyond 256 elements (PyTorch's issue 155560).
+        picked = self.scores(r).topk(k, dim=1).indices.int().sort(dim=1).values.long()
         self.taken = torch.zeros_like(r, dtype=torch.bool).scatter(1, picked, True)  # (B, T)
         return picked
 
     def process_causal(self, x, r, positions, cache=None):
         """Process the tokens with positive logits. Sequences take different numbers of them; those with none skip."""
         self.taken = self.logits > 0  # (B, T)
-        counts = self.taken.sum(dim=1).tolist()  # waits for the device: the shapes below depend on these counts
+        # This waits for the device, because the shapes below depend on these counts. Nothing else in a pass does.
+        counts = self.taken.sum(dim=1).tolist()
         rows = [row for row, n in enumerate(counts) if n > 0]
         if not rows:
             return x
@@ -203,7 +205,9 @@ class RoutedBlock(Block):
         # The stable sort moves the taken tokens to the front and keeps their order. Sequences with fewer are filled up
         # with tokens they do not take: these come last, so no taken token sees them, and `process` gives them gate 0.
         picked = (~self.taken).int().argsort(dim=1, stable=True)[:, : max(counts)]  # (B, k)
-        part = torch.tensor(rows, device=x.device) if len(rows) < len(x) else slice(None)
+        part = slice(None)
+        if len(rows) < len(x):  # the same rows, found on the device: copying them there would wait for it again
+            part = (~self.taken.any(dim=1)).int().argsort(stable=True)[: len(rows)]
         return self.process(x, r, picked, positions, cache, part)
 
     def process(self, x, r, picked, positions, cache=None, part=slice(None)):
@@ -426,7 +430,7 @@ def pick_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         return logits.argmax(dim=-1)
     logits = logits / max(temperature, 1e-30)  # a smaller number would be 0 in float32
     if top_k > 0:
-        kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+        kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth_best, -math.inf)
     p = logits.softmax(dim=-1)
     if top_p == 1:

@@ -133,13 +133,12 @@ def follow(model, prompt, tokenizer, config, printer):
     new_tokens = stream(model, [prompt] * config.num_samples, config.max_new_tokens + 1, cache, **options)
     clock = time.perf_counter()
     for i, tokens in enumerate(new_tokens):
-        tokens = tokens.tolist()  # waits for the device
+        new = cache.n_read[0] if i == 0 else 1  # tokens read in this step: the prompt (at most a window of it), then 1
+        tokens, decisions = fetch(model, tokens, new)
         if i > 0:
             seconds += time.perf_counter() - clock
         cache_bytes = max(cache_bytes, cache.nbytes)
-        new = cache.n_read[0] if i == 0 else 1  # tokens read in this step: the prompt (at most a window of it), then 1
-        blocks = [block.taken[:, -new:].cpu() for block in model.routed_blocks]
-        taken.append(torch.stack(blocks) if blocks else torch.zeros(0, config.num_samples, new, dtype=torch.bool))
+        taken.append(decisions)
         if i == 0:
             printer.add_all(texts[0][:-new], [None] * (len(prompt) - new))
         printer.add_all(texts[0][-new:], taken[-1][:, 0].sum(dim=0).tolist())
@@ -150,6 +149,16 @@ def follow(model, prompt, tokenizer, config, printer):
         clock = time.perf_counter()
     printer.close()
     return texts, torch.cat(taken, dim=2), seconds, cache_bytes, ids
+
+
+def fetch(model, tokens, new):
+    """
+    Bring the result of a step from the device: its tokens (B,) as a list, and which routed block took which of the
+    `new` tokens that it read, bool (routed blocks, B, new).
+    """
+    decisions = [block.taken[:, -new:] for block in model.routed_blocks]
+    step = torch.cat([tokens[:, None], *decisions], dim=1).cpu()  # in one copy, because each waits for the device
+    return step[:, 0].tolist(), step[:, 1:].bool().unflatten(1, (len(decisions), new)).transpose(0, 1)
 
 
 def check(config, pictures):

@@ -170,12 +170,13 @@ def train(config):
             evaluated = rows and rows[-1]["step"] == step
             if (step % config.eval_interval == 0 or step == config.max_iters) and not evaluated:
                 row = {"step": step, "tokens": step * tokens_per_step, "flops": step * step_flops}
+                progress.read(scaler)
                 row |= {"train_seconds": round(progress.train_seconds, 3), **progress.mean_losses()}
                 evaluation = evaluate(model, data["val"], config.batch_size, config.eval_iters, config.dtype, stop)
                 if evaluation is not None:  # None: asked to stop meanwhile
                     row |= evaluation | bits_per_byte(evaluation, meta)
                     if not math.isfinite(row["val_loss_causal"]):
-                        raise Diverged("validation loss", row["val_loss_causal"], step)
+                        raise run.Diverged("validation loss", row["val_loss_causal"], step)
                     rows.append(row)
                     progress.loss_sum = progress.aux_sum = 0.0
                     run.save(out_dir, model, stateful, progress, info, stop)
@@ -187,10 +188,11 @@ def train(config):
                 break
 
             begun = time.perf_counter()
-            losses = training_step(model, wrapped, optimizer, scaler, data["train"], step, config)
-            progress.add(losses, time.perf_counter() - begun)
+            figures = training_step(model, wrapped, optimizer, scaler, data["train"], step, config)
+            progress.add(figures, time.perf_counter() - begun)
             if progress.step % config.log_interval == 0 or progress.step == config.max_iters:
-                line.update(progress, losses[0].item())
+                progress.read(scaler)
+                line.update(progress)
 
         line.close()
         if logger:
@@ -215,7 +217,8 @@ def training_step(model, wrapped, optimizer, scaler, tokens, step, config):
     Forward, backward and update for one step, on this rank's share of its micro-steps. `wrapped` is the model, under
     torchrun inside DistributedDataParallel.
 
-    Returns the step's mean losses over all ranks, language model and routing (2,), on the device.
+    Returns the step's mean losses over all ranks, language model and routing, and the norm of its gradient (3,), on the
+    device. A norm that is not finite is found when it is read (`Progress.read`): nothing here waits for the device.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step, config)
@@ -238,16 +241,10 @@ def training_step(model, wrapped, optimizer, scaler, tokens, step, config):
     ranks.sum_over_ranks(losses)
     scaler.unscale_(optimizer)
     norm = clip_gradients(model, config.grad_clip or math.inf)
-    # In float16 a gradient may overflow. The scaler then skips the update and halves its scale. Below 1 that helps no
-    # more: the run has diverged.
-    may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1 and losses[0].isfinite()
-    # Check before the update, otherwise divergence shows only at the next evaluation. This waits for the device.
-    if not may_overflow and not norm.isfinite():
-        raise Diverged("norm of the gradient", norm.item(), step, f" (the loss: {losses[0].item()})")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return losses
+    return torch.cat([losses, norm.unsqueeze(0)])
 
 
 def clip_gradients(model, limit):
@@ -277,16 +274,6 @@ def learning_rate_at(step, config):
         return config.learning_rate
     progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
     return config.min_lr + (config.learning_rate - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-class Diverged(UserError):
-    """A loss or a gradient is not finite."""
-
-    def __init__(self, name, value, step, more=""):
-        super().__init__(
-            f"the {name} is {value} at step {step:,}{more}: the run diverged; the checkpoints before it stay. "
-            "Try a lower --learning_rate, a longer --warmup_iters or --dtype=float32"
-        )
 
 
 # Options and checks

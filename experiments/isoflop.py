@@ -31,7 +31,8 @@ from support import checkpoint
 from support.data import load_dataset
 from support.evaluation import evaluate
 from support.options import UserError, errors_in_one_line, pick_device
-from train import Diverged, TrainConfig, model_config, number_of_steps, train
+from support.run import Diverged
+from train import TrainConfig, model_config, number_of_steps, train
 
 TOKENS_PER_STEP = 1024
 HEAD_SIZE = 32

@@ -39,23 +39,26 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
             _, topk_loss = model.forward(x, y, routing="topk")
             decisions = [(m.taken, m.logits > 0) for m in model.routing_modules]
             _, causal_loss = model.forward(x, y, routing="causal") if routed else (None, topk_loss)
-        agree = sum((taken == predicted).sum() for taken, predicted in decisions)
-        hit = sum((taken & predicted).sum() for taken, predicted in decisions)
-        member = sum(taken.sum() for taken, _ in decisions)
+        zero = x.new_zeros(())  # where the sums start, because a dense model makes no decisions
+        agree = sum(((taken == predicted).sum() for taken, predicted in decisions), zero)
+        hit = sum(((taken & predicted).sum() for taken, predicted in decisions), zero)
+        member = sum((taken.sum() for taken, _ in decisions), zero)
+        counts = torch.stack([agree, hit, member, *(block.taken.sum() for block in routed)])
         total = sum(taken.numel() for taken, _ in decisions)
-        counts = [agree, hit, member, total, *(block.taken.sum() for block in routed)]
-        counts = torch.stack([torch.as_tensor(count, device=device) for count in counts])
-        measured[i] = torch.stack([causal_loss, topk_loss]) * len(x), counts
+        measured[i] = torch.stack([causal_loss, topk_loss]) * len(x), counts, total
     # One row per batch, filled by the rank that has it, then summed over the ranks. So the result is the same to the
-    # last bit on any number of ranks. The figures leave the device only here.
-    table = torch.zeros(len(starts), 6 + len(routed), dtype=torch.float64)
-    for i, figures in measured.items():
-        table[i] = torch.cat([part.cpu().double() for part in figures])
+    # last bit on any number of ranks.
+    table, mine = torch.zeros(len(starts), 6 + len(routed), dtype=torch.float64), list(measured)
+    if mine:  # the figures leave the device only here, those of all batches at once
+        losses, counts, totals = zip(*measured.values())
+        table[mine, :2] = torch.stack(losses).cpu().double()
+        table[mine, 2:-1] = torch.stack(counts).cpu().double()
+        table[mine, -1] = torch.tensor(totals).double()
     model.train(training)
     if ranks.any_rank(stop is not None and stop.requested):
         return None
     columns = zip(*ranks.sum_over_ranks(table).tolist())
-    causal, topk, agree, hit, member, total, *taken = (sum(column) for column in columns)
+    causal, topk, agree, hit, member, *taken, total = (sum(column) for column in columns)
     result = {"val_loss_causal": causal / n_windows, "val_loss_topk": topk / n_windows}
     if routed:
         result["taken"] = [round(tokens_taken / (n_windows * T), 5) for tokens_taken in taken]

@@ -114,18 +114,18 @@ class ProgressLine:
         self.peak = peak_flops(device, dtype)
         self.step, self.seconds = progress.step, progress.train_seconds  # at the last update
 
-    def update(self, progress, loss):
+    def update(self, progress):
         steps, seconds = progress.step - self.step, progress.train_seconds - self.seconds
         self.step, self.seconds = progress.step, progress.train_seconds
         mfu = f", MFU {steps * self.step_flops / seconds / self.peak:.0%}" if self.peak else ""
         speed = f"{steps * self.tokens_per_step / seconds:,.0f} tokens/s{mfu}"
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
+        self.bar.set_postfix_str(f"loss {progress.loss:.3f}, {speed}", refresh=False)
         self.bar.update(steps)
         if ranks.is_main() and (self.bar.disable or not sys.stdout.isatty()):
             with contextlib.suppress(
                 OSError
             ):  # the Ctrl-C that stops us may have ended the program that reads our lines
-                print(f"{step_of(progress.step, self.max_iters)}  train loss {loss:.4f}  {speed}", flush=True)
+                print(f"{step_of(progress.step, self.max_iters)}  train loss {progress.loss:.4f}  {speed}", flush=True)
 
     def close(self):
         self.bar.close()

@@ -7,10 +7,12 @@ import json
 import math
 import os
 import re
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import filelock
+import torch
 from tqdm import tqdm
 
 from support import checkpoint, ranks, untrusted
@@ -30,20 +32,48 @@ class Progress:
     loss_sum: float = 0.0  # over the steps since the last evaluation
     aux_sum: float = 0.0
     train_seconds: float = 0.0
+    loss: float = math.nan  # of the last step that was read
+    unread: list = field(default_factory=list)  # the figures of the steps since then, still on the device
 
-    def add(self, losses, seconds):
-        """Count a step with these losses, language model and routing."""
-        self.loss_sum = self.loss_sum + losses[0]  # stays on the device, so that nothing waits for it
-        self.aux_sum = self.aux_sum + losses[1]
+    def add(self, figures, seconds):
+        """Count a step. figures (3,): its losses, language model and routing, and the norm of its gradient."""
+        self.unread.append(figures)
         self.step += 1
         self.train_seconds += seconds
+
+    def read(self, scaler):
+        """
+        Read the figures of the steps since the last call, all at once, because each read waits for the device. Raises
+        Diverged if a gradient was not finite; the weights are not either, then, so `save` reads before it writes.
+        """
+        begun = time.perf_counter()
+        figures = torch.stack(self.unread).tolist() if self.unread else []
+        self.unread.clear()
+        self.train_seconds += time.perf_counter() - begun  # the device was busy with these steps
+        # In float16 a gradient may overflow. The scaler then skips the update and halves its scale. Below 1 that helps
+        # no more: the run has diverged.
+        may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1
+        for step, (loss, aux, norm) in enumerate(figures, self.step - len(figures)):
+            if not math.isfinite(norm) and not (may_overflow and math.isfinite(loss)):
+                raise Diverged("norm of the gradient", norm, step, f" (the loss: {loss})")
+            self.loss_sum += loss
+            self.aux_sum += aux
+            self.loss = loss
 
     def mean_losses(self):
         """The mean training losses since the last evaluation, {} before the first step."""
         steps = self.step - self.rows[-1]["step"] if self.rows else 0
-        if not steps:
-            return {}
-        return {"train_loss": float(self.loss_sum) / steps, "aux_loss": float(self.aux_sum) / steps}
+        return {"train_loss": self.loss_sum / steps, "aux_loss": self.aux_sum / steps} if steps else {}
+
+
+class Diverged(UserError):
+    """A loss or a gradient is not finite."""
+
+    def __init__(self, name, value, step, more=""):
+        super().__init__(
+            f"the {name} is {value} at step {step:,}{more}: the run diverged; the checkpoints before it stay. "
+            "Try a lower --learning_rate, a longer --warmup_iters or --dtype=float32"
+        )
 
 
 def saved_options(out_dir, whole=False):
@@ -216,8 +246,12 @@ def save(out_dir, model, stateful, progress, info, stop):
     """
     Save the run; True if it worked. If the disk is full, training continues and a later save may work.
 
-    stateful: as in `load`. info: what else goes into the checkpoint's JSON. stop: the Stop in force.
+    stateful: as in `load`. info: what else goes into the checkpoint's JSON. stop: the Stop in force. Raises Diverged
+    instead of saving weights that are not finite.
     """
+    progress.read(stateful["scaler"])
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        raise Diverged("largest weight", math.inf, progress.step)
     if not ranks.is_main():
         progress.saved = progress.step
         return True

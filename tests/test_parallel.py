@@ -297,7 +297,7 @@ def test_mfu_is_shown_only_if_the_peak_is_known(tiny, monkeypatch):
     monkeypatch.setattr(train.tqdm, "set_postfix_str", lambda self, line, refresh: lines.append(line))
 
     def clock():
-        seconds[0] += 0.5  # called twice per step, so a step takes half a second
+        seconds[0] += 0.25  # called twice per step and twice to read its losses: half a second together
         return seconds[0]
 
     monkeypatch.setattr(train.time, "perf_counter", clock)

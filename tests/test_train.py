@@ -1,9 +1,11 @@
 """Training, evaluation, presets and options: the commands, as sentences."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +296,29 @@ def test_a_run_that_diverges_stops_and_says_what_to_try(tiny):
         train.train(dataclasses.replace(tiny, learning_rate=1e15, warmup_iters=0, max_iters=50, eval_interval=50))
     model, info = checkpoint.load(Path(tiny.out_dir), "last", "cpu")
     assert info["step"] == 0 and all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", ["gradient, evaluated", "gradient, stopped", "weight, stopped"])
+def test_weights_that_are_not_finite_are_never_saved_though_gradients_are_read_late(tiny, how, monkeypatch):
+    calls, clip = itertools.count(), train.clip_gradients
+    what, _, end = how.partition(", ")
+
+    def broken(model, limit):
+        step = next(calls)
+        if step == 5 and what == "gradient":
+            next(model.parameters()).grad[0, 0] = math.nan
+        if step == 7 and what == "weight":
+            next(model.parameters()).data[0, 0] = math.inf
+        if step == 7 and end == "stopped":
+            signal.raise_signal(signal.SIGINT)
+        return clip(model, limit)
+
+    monkeypatch.setattr(train, "clip_gradients", broken)
+    line = {"gradient": r"norm of the gradient is nan at step 5 \(the loss: 3\.", "weight": "largest weight is inf at"}
+    with pytest.raises(UserError, match=line[what]):
+        train.train(dataclasses.replace(tiny, max_iters=9, eval_interval=100, log_interval=100))
+    model, info = checkpoint.load(Path(tiny.out_dir), "last", "cpu")
+    assert info["step"] == 0 and next(calls) == (8 if end == "stopped" else 9)
 
 
 # Evaluation
