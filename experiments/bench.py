@@ -5,7 +5,7 @@ Do saved FLOPs become saved time? A Mixture-of-Depths GPT against a dense one, i
     python -m experiments.bench --n_layer=12 --n_head=12 --n_embd=768 --block_size=512 --part=sampling
     python -m experiments.bench --check --device=mps
 
-Predicts, then measures: both models in turn, medians, without the warm-up. The last line is JSON. --check compares the
+Both models in turn, medians, without the warm-up. The last line is JSON. --check compares the
 results of an untested device with the CPU's instead.
 """
 
@@ -136,12 +136,12 @@ def bench_training(configs, options, machine):
     flops = {name: forward_flops(config, config.block_size) for name, config in configs.items()}
     flop_ratio = flops["mod"] / flops["dense"]
     kind = "MoDE" if isinstance(configs["mod"], MoDEConfig) else "MoD"
-    print(f"Training, predicted: a {kind} step has {flop_ratio:.3f} of the dense step's FLOPs")
+    print(f"Training: a {kind} step has {flop_ratio:.3f} of the dense step's FLOPs")
     steps = {name: training_step(config, options.batch_size, machine) for name, config in configs.items()}
     seconds = in_turn(lambda name, repeat: clocked(steps[name], machine.device)[0], options)
     mod, dense = statistics.median(seconds["mod"]), statistics.median(seconds["dense"])
-    print(f"Training, measured:  {mod:.4f} s against {dense:.4f} s, ratio {mod / dense:.3f}")
-    print(f"The time ratio is {mod / dense / flop_ratio:.2f} times the FLOP ratio")
+    print(f"Training: it takes {mod:.4f} s against {dense:.4f} s, {mod / dense:.3f} of the time")
+    print(f"Training: the time ratio is {mod / dense / flop_ratio:.2f} times the FLOP ratio")
     return {
         "train_time_ratio": round(mod / dense, 4),
         "train_flop_ratio": round(flop_ratio, 4),
@@ -174,33 +174,25 @@ def training_step(config, batch_size, machine):
 
 
 def bench_sampling(configs, options, machine):
-    limits = Limits.measured(machine)
-    print(f"This device: {limits.peak / 1e9:,.0f} GFLOP/s in matrix products, reads {limits.bandwidth / 1e9:,.1f} GB/s")
     models = {name: sampling_model(config, machine) for name, config in configs.items()}
-    results = {B: sample_batch(B, models, limits, options, machine) for B in (1, 16)}
-    return {**results[1], "batch_16": results[16], **asdict(limits)}
+    results = {B: sample_batch(B, models, options, machine) for B in (1, 16)}
+    return {**results[1], "batch_16": results[16]}
 
 
-def sample_batch(B, models, limits, options, machine):
+def sample_batch(B, models, options, machine):
     """Measure both models, each generating B texts at once."""
-    length = options.block_size - options.new_tokens / 2  # of the texts, on average
-    expected = {name: expected_step(model.config, B, length, limits) for name, model in models.items()}
-    predicted, capacity = expected["dense"] / expected["mod"], options.capacity
-    print(f"Sampling {B:2} at once, predicted: {predicted:.2f} times as fast at best, if {capacity:.1%} enter")
-    runs = in_turn(lambda name, seed: generate(models[name], B, seed, limits, options, machine), options)
+    runs = in_turn(lambda name, seed: generate(models[name], B, seed, options, machine), options)
     results = {}
     for name, kept in runs.items():
         median = {key: statistics.median(run[key] for run in kept) for key in kept[0]}
         results[name] = {
             "tokens_per_second": round(B / median["step_seconds"], 2),
-            "ideal_tokens_per_second": round(B / median["ideal_step_seconds"], 2),
             "prefill_seconds": round(median["prefill_seconds"], 5),
             "cache_bytes": int(median["cache_bytes"]),
         }
     mod, dense = results["mod"], results["dense"]
     ratios = {
         "decode_speedup": round(mod["tokens_per_second"] / dense["tokens_per_second"], 4),
-        "decode_ideal_speedup": round(mod["ideal_tokens_per_second"] / dense["ideal_tokens_per_second"], 4),
         "prefill_speedup": round(dense["prefill_seconds"] / mod["prefill_seconds"], 4),
         "cache_bytes_ratio": round(mod["cache_bytes"] / dense["cache_bytes"], 4),
         # A pass over the prompt against a step. Over the whole window it would take a little longer.
@@ -208,9 +200,9 @@ def sample_batch(B, models, limits, options, machine):
         "taken": round(statistics.mean(run["taken"] for run in runs["mod"]), 4),
     }
     print(
-        f"Sampling {B:2} at once, measured:  {ratios['decode_speedup']:.2f} times as fast "
-        f"({mod['tokens_per_second']:,.1f} against {dense['tokens_per_second']:,.1f} tokens/s); at best "
-        f"{ratios['decode_ideal_speedup']:.2f}, as {ratios['taken']:.1%} entered"
+        f"Sampling {B:2} at once: {ratios['decode_speedup']:.2f} times as fast "
+        f"({mod['tokens_per_second']:,.1f} against {dense['tokens_per_second']:,.1f} tokens/s), "
+        f"{ratios['taken']:.1%} entered"
     )
     return {**ratios, **results}
 
@@ -227,7 +219,7 @@ def sampling_model(config, machine):
     return model
 
 
-def generate(model, B, seed, limits, options, machine):
+def generate(model, B, seed, options, machine):
     """One run: prompts of random tokens, then new_tokens tokens that fill the window."""
     torch.manual_seed(seed)
     config, cache = model.config, KVCache(model.config, B)
@@ -235,83 +227,16 @@ def generate(model, B, seed, limits, options, machine):
     # As sample.py does, with its options.
     tokens = stream(model, prompts, options.new_tokens + 1, cache, temperature=SampleConfig.temperature)
     prefill_seconds, _ = clocked(lambda: fetch(model, next(tokens), cache.n_read[0]), machine.device)
-    lengths = [[list(layer.length) for layer in cache.layers]]  # after each step
-
-    def steps():
-        for token in tokens:
-            fetch(model, token, 1)
-            lengths.append([list(layer.length) for layer in cache.layers])
-
-    seconds, _ = clocked(steps, machine.device)
-    routed = [layer for layer in range(config.n_layer) if config.is_routed(layer)]
-    entered = sum(sum(lengths[-1][layer]) - sum(lengths[0][layer]) for layer in routed)
+    routed = [layer for number, layer in enumerate(cache.layers) if config.is_routed(number)]
+    before = sum(sum(layer.length) for layer in routed)
+    seconds, _ = clocked(lambda: [fetch(model, token, 1) for token in tokens], machine.device)
+    entered = sum(sum(layer.length) for layer in routed) - before
     return {
         "prefill_seconds": prefill_seconds,
         "step_seconds": seconds / options.new_tokens,
-        "ideal_step_seconds": ideal_step(config, lengths, limits),
         "cache_bytes": cache.nbytes,
         "taken": entered / (options.new_tokens * B * max(1, len(routed))),
     }
-
-
-@dataclass
-class Limits:
-    """
-    The roofline of this device: measured FLOP/s of large matrix products, and bytes/s read from main memory.
-
-    It gives the shortest possible time of a step. The fixed cost of each operation is left out, which is most of a
-    small model's time, and a model that fits into the device's caches can be read faster.
-    """
-
-    peak: float
-    bandwidth: float
-    itemsize: int
-
-    @staticmethod
-    def measured(machine):
-        dtype, on_cpu = getattr(torch, machine.dtype), torch.device(machine.device).type == "cpu"
-        n = 2048 if on_cpu else 8192
-        a = torch.randn(n, n, device=machine.device, dtype=dtype)
-        big = torch.zeros(2**26 if on_cpu else 2**29, device=machine.device)  # 256 MiB or 2 GiB, larger than any cache
-        product = min(clocked(lambda: a @ a, machine.device)[0] for _ in range(5))
-        read = min(clocked(lambda: big.sum(), machine.device)[0] for _ in range(5))
-        return Limits(2 * n**3 / product, big.nbytes / read, a.element_size())
-
-    def seconds(self, flops, numbers):
-        """The shortest time for these FLOPs and for reading that many numbers: the larger of the two."""
-        return max(flops / self.peak, numbers * self.itemsize / self.bandwidth)
-
-    def block(self, config, rows, held):
-        """A step of one block, for `rows` rows with `held` tokens in their caches; weights are read once for all."""
-        C = config.n_embd
-        return self.seconds(24 * rows * C * C + 4 * C * held, 12 * C * C + 2 * C * held) if rows else 0.0
-
-    def rest(self, config, B):
-        """The predictors and the head."""
-        C, h = config.n_embd, config.predictor_hidden
-        routed = sum(config.is_routed(layer) for layer in range(config.n_layer))
-        decision, head = C + C * h + h, C * config.vocab_size
-        return routed * self.seconds(2 * B * decision, decision) + self.seconds(2 * B * head, head)
-
-
-def ideal_step(config, lengths, limits):
-    """The shortest time of a step, each block with the rows that entered it; the mean over the measured steps."""
-    total = 0.0
-    for before, after in zip(lengths, lengths[1:]):
-        for old, new in zip(before, after):
-            held = [n for n, o in zip(new, old) if n > o]  # of the rows that entered
-            total += limits.block(config, len(held), sum(held))
-    return total / (len(lengths) - 1) + limits.rest(config, len(lengths[0][0]))
-
-
-def expected_step(config, B, length, limits):
-    """The same predicted, for texts of `length` tokens whose rows enter a routed block with P = capacity."""
-    c = config.capacity
-    some = 1 - (1 - c) ** B  # the probability that any row enters
-    routed = sum(config.is_routed(layer) for layer in range(config.n_layer))
-    blocks = (config.n_layer - routed) * limits.block(config, B, B * length)
-    blocks += routed * some * limits.block(config, B * c / some, B * c / some * c * length)
-    return blocks + limits.rest(config, B)
 
 
 # Is the device right?

@@ -69,13 +69,11 @@ def sampling_speed(timed):
     for figures in (figures for figures in timed if figures["part"] != "training"):
         for texts, part in ((1, figures), (16, figures["batch_16"])):
             speeds = [part[name]["tokens_per_second"] for name in ("mod", "dense")]
-            best = [part[name]["ideal_tokens_per_second"] for name in ("mod", "dense")]
             cells = [shape(figures), texts, *(f"{speed:,.0f}" for speed in speeds)]
-            cells += [f"**{part['decode_speedup']:.2f}**", f"{part['decode_ideal_speedup']:.2f}"]
-            cells += [", ".join(f"{speed / limit:.0%}" for speed, limit in zip(speeds, best)), f"{part['taken']:.1%}"]
+            cells += [f"**{part['decode_speedup']:.2f}**", f"{part['taken']:.1%}"]
             rows.append([*cells, f"{part['cache_bytes_ratio']:.2f}", f"{part['cache_speedup']:.0f}"])
-    columns = ":model | texts at once | tokens/s, MoD | tokens/s, dense | times as fast | at best"
-    columns += " | MoD, dense, of their best | entered | cache / dense | no cache, times as long"
+    columns = ":model | texts at once | tokens/s, MoD | tokens/s, dense | times as fast"
+    columns += " | entered | cache / dense | no cache, times as long"
     return report.markdown(columns, rows)
 
 

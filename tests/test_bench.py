@@ -1,4 +1,4 @@
-"""The benchmark predicts, measures and checks."""
+"""The benchmark measures and checks."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ TINY_BENCH = (
 )
 
 
-def test_bench_predicts_then_measures_and_ends_with_one_json_line(capsys, monkeypatch):
+def test_bench_measures_and_ends_with_one_json_line(capsys, monkeypatch):
     now = iter(range(1000))
     seconds = {True: 1, False: 4}  # of MoD, of dense
 
@@ -29,8 +29,8 @@ def test_bench_predicts_then_measures_and_ends_with_one_json_line(capsys, monkey
 
     monkeypatch.setattr(bench, "clocked", clocked)
     bench.main([*TINY_BENCH, "--part=training"])
-    predicted, measured, _, last = capsys.readouterr().out.splitlines()
-    assert "predicted: a MoD step has 0." in predicted and measured.endswith("ratio 0.250")
+    flops, measured, _, last = capsys.readouterr().out.splitlines()
+    assert "a MoD step has 0." in flops and measured.endswith("0.250 of the time")
     figures = json.loads(last)
     config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=65)
     ratio = forward_flops(config, 16) / forward_flops(dataclasses.replace(config, route_every=0), 16)
@@ -50,10 +50,9 @@ def test_bench_compares_with_a_dense_gpt_of_another_shape(capsys):
 def test_bench_of_sampling_adds_its_figures(capsys):
     bench.main(TINY_BENCH)
     *lines, last = capsys.readouterr().out.splitlines()
-    kinds = [word for line in lines for word in ("predicted", "measured") if word in line]
-    assert kinds == ["predicted", "measured"] * 3
+    assert [line.split(": ")[0] for line in lines] == 3 * ["Training"] + ["Sampling  1 at once", "Sampling 16 at once"]
     figures = json.loads(last)
-    asked = "train_time_ratio train_flop_ratio decode_speedup decode_ideal_speedup cache_bytes_ratio device torch"
+    asked = "train_time_ratio train_flop_ratio decode_speedup cache_bytes_ratio device torch"
     assert set(asked.split()) <= figures.keys() and figures["decode_speedup"] > 0
     assert figures["new_tokens"] == 4  # a quarter of the window
     for part in (figures, figures["batch_16"]):
@@ -69,28 +68,8 @@ def test_bench_brings_the_predictors_to_the_capacity():
     machine = bench.resolve(TrainConfig(device="cpu"))
     options = bench.BenchConfig(new_tokens=48)
     model = bench.sampling_model(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=2, n_embd=32), machine)
-    run = bench.generate(model, 16, 0, bench.Limits(1.0, 1.0, 4), options=dataclasses.replace(options, block_size=64),
-                         machine=machine)  # fmt: skip
+    run = bench.generate(model, 16, 0, dataclasses.replace(options, block_size=64), machine)
     assert abs(run["taken"] - 0.125) < 0.04
-
-
-def test_the_benchs_ideal_is_the_sum_over_blocks_of_the_slower_of_compute_and_memory():
-    config = GPTConfig(block_size=8, vocab_size=10, n_layer=2, n_head=1, n_embd=4, predictor_hidden=3)
-    limits = bench.Limits(peak=100.0, bandwidth=50.0, itemsize=4)
-    rest = 4 * (4 + 4 * 3 + 3) / 50 + 4 * 4 * 10 / 50  # the predictor and the head: memory decides for two rows
-    weights = 12 * 4 * 4
-    ordinary = [max((24 * 2 * 16 + 4 * 4 * held) / 100, 4 * (weights + 2 * 4 * held) / 50) for held in (2 + 6, 3 + 7)]
-    routed = [0.0, max((24 * 16 + 4 * 4 * 5) / 100, 4 * (weights + 2 * 4 * 5) / 50)]  # no row, then the second
-    lengths = [[[1, 5], [0, 4]], [[2, 6], [0, 4]], [[3, 7], [0, 5]]]
-    assert math.isclose(bench.ideal_step(config, lengths, limits), (sum(ordinary) + sum(routed)) / 2 + rest)
-    fast_memory = bench.Limits(peak=100.0, bandwidth=1e12, itemsize=4)
-    assert math.isclose(fast_memory.block(config, 2, 8), (24 * 2 * 16 + 4 * 4 * 8) / 100)
-    dense = dataclasses.replace(config, route_every=0)
-    head = rest - 4 * (4 + 4 * 3 + 3) / 50
-    assert math.isclose(bench.expected_step(dense, 2, 8, limits), 2 * limits.block(config, 2, 16) + head)
-    one, both = (2 * p * limits.block(config, n, n * 1) for p, n in ((0.125 * 0.875, 1), (0.125**2 / 2, 2)))
-    expected = bench.expected_step(config, 2, 8, limits) - limits.block(config, 2, 16) - rest
-    assert math.isclose(expected, one + both)  # of two rows one enters, or both; with an eighth of the 8 tokens there
 
 
 def test_bench_check_reports_what_differs_or_fails(monkeypatch, capsys):
@@ -112,27 +91,16 @@ def test_bench_check_reports_what_differs_or_fails(monkeypatch, capsys):
 
 
 def test_the_figures_of_the_bench_are_what_the_clock_said(capsys, monkeypatch):
-    products, reads = [3.0, 1.0, 2.0, 2.0, 2.0], [2.5, 2.0, 3.0, 3.0, 3.0]
     warmup, mod, dense = [1000.0] * 4, [3.0, 8.0], [6.0, 16.0]  # reading the prompt, then four steps
-    seconds = iter([*products, *reads, *(warmup + 3 * (mod + dense)), *(warmup + 3 * (mod + dense))])
+    seconds = iter([*(warmup + 3 * (mod + dense)), *(warmup + 3 * (mod + dense))])
     monkeypatch.setattr(bench, "clocked", lambda work, device: (next(seconds), work()))
     bench.main([*TINY_BENCH, "--part=sampling"])
     assert next(seconds, None) is None
-    *lines, last = capsys.readouterr().out.splitlines()
-    figures = json.loads(last)
-    assert figures["peak"] == 2 * 2048**3 / 1.0 and figures["bandwidth"] == 4 * 2**26 / 2.0
-    limits = bench.Limits(figures["peak"], figures["bandwidth"], 4)
-    config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=65)
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     for B, part in ((1, figures), (16, figures["batch_16"])):
         assert part["decode_speedup"] == part["prefill_speedup"] == 2
         assert part["mod"]["tokens_per_second"] == B * 4 / 8 and part["dense"]["tokens_per_second"] == B * 4 / 16
         assert part["cache_speedup"] == 3 / (8 / 4)
-        ideal = {name: part[name]["ideal_tokens_per_second"] for name in ("mod", "dense")}
-        assert math.isclose(part["decode_ideal_speedup"], ideal["mod"] / ideal["dense"], rel_tol=1e-3)
-        assert part["decode_ideal_speedup"] >= 1
-        dense_step = bench.expected_step(dataclasses.replace(config, route_every=0), B, 14, limits)
-        predicted = dense_step / bench.expected_step(config, B, 14, limits)
-        assert any(f"Sampling {B:2} at once, predicted: {predicted:.2f} times as fast" in line for line in lines)
 
 
 def test_bench_times_the_work_and_hands_on_its_result():
