@@ -5,16 +5,18 @@ On a projector, in greyscale and for colour-blind viewers the colours stay disti
 hatch always repeats what a colour says. Every picture is shown by `show` or `Live`, which give it an alternative text.
 """
 
+import html
 import io
 
 import matplotlib.pyplot as plt
 import numpy as np
+import PIL.Image
 import torch
 from cycler import cycler
-from IPython.display import Image, display
+from IPython.display import HTML, Image, display
 from matplotlib.colors import ListedColormap
 
-from support.depth import visible
+from support.depth import style, visible
 
 DARK, RED, GREY, GOLD, BLUE = "#1b1b1b", "#b5173b", "#8a8a8a", "#e3a008", "#5b8fd6"
 HATCHED = [dict(color=c, hatch=h, edgecolor="w") for c, h in ((RED, None), (GREY, "//"), (DARK, "xx"))]
@@ -118,6 +120,40 @@ def routing_map(axes, taken, pieces, title, rows):
     axes.invert_yaxis()
     axes.set_title(title)
     axes.grid(False)
+
+
+def coloured(pieces, depths, routed):
+    """Show a text whose tokens are darker the more of the `routed` blocks processed them; depths: one per piece."""
+
+    def span(text, depth):
+        colour, _, background = style(depth, routed).partition(" on ")  # empty for depth 0
+        return f'<span style="color: {colour}; background: {background}">{text}</span>' if depth else text
+
+    legend = " ".join(span(f"&nbsp;{depth}&nbsp;", depth) for depth in range(routed + 1))
+    text = "".join(span(html.escape(visible(piece)) + "\n" * (piece == "\n"), d) for piece, d in zip(pieces, depths))
+    display(HTML(f"routed blocks that processed a character: {legend}<pre>{text}</pre>"))
+
+
+def animate(draw, frames, description, figsize=(8, 3), seconds=0.5):
+    """
+    Show an animation with a picture for each frame, drawn by draw(axes, frame). It is a PNG that plays in any browser,
+    without a network; where it cannot, it shows the last frame.
+    """
+    figure, axes = plt.subplots(figsize=figsize)
+    images = []
+    for frame in frames:
+        axes.clear()
+        draw(axes, frame)
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+        image = PIL.Image.open(file).convert("RGB")
+        # Few colours make a small file; the method keeps white white.
+        images.append(image.quantize(palette=images[0]) if images else image.quantize(32, PIL.Image.MAXCOVERAGE))
+    plt.close(figure)
+    options = {"append_images": images, "default_image": True, "duration": 1000 * seconds, "loop": 0}
+    file = io.BytesIO()
+    images[-1].save(file, format="png", save_all=True, **options)
+    display(Image(file.getvalue(), alt=description))
 
 
 class Live:
