@@ -2,17 +2,21 @@
 Shared by the notebooks: one style for all pictures, and functions for the pictures that they draw often.
 
 On a projector, in greyscale and for colour-blind viewers the colours stay distinguishable, and a line style, marker or
-hatch always repeats what a colour says.
+hatch always repeats what a colour says. Every picture is shown by `show` or `Live`, which give it an alternative text.
 """
+
+import html
+import io
 
 import matplotlib.pyplot as plt
 import numpy as np
+import PIL.Image
 import torch
 from cycler import cycler
-from IPython.display import display
+from IPython.display import HTML, Image, display
 from matplotlib.colors import ListedColormap
 
-from support.depth import visible
+from support.depth import style, visible
 
 DARK, RED, GREY, GOLD, BLUE = "#1b1b1b", "#b5173b", "#8a8a8a", "#e3a008", "#5b8fd6"
 HATCHED = [dict(color=c, hatch=h, edgecolor="w") for c, h in ((RED, None), (GREY, "//"), (DARK, "xx"))]
@@ -37,18 +41,38 @@ plt.rcParams.update(
 )
 
 
-def columns(axes, x, words, title, marked=(), limit=2.5, numbers=False):
-    """Draw x (T, C) as T columns of C cells, from -limit (dark blue) to limit (yellow), and frame the marked ones."""
+def picture(figure, description):
+    """The figure as a PNG. Its alternative text is the description and the titles, which state the findings."""
+    titles = [axes.get_title("left") for axes in figure.axes]
+    file = io.BytesIO()
+    figure.savefig(file, format="png", bbox_inches="tight")
+    return Image(file.getvalue(), alt=". ".join([description, *filter(None, titles)]))
+
+
+def show(description, figure=None):
+    """Show the figure, by default the current one, with a description for those who cannot see it."""
+    figure = figure or plt.gcf()
+    display(picture(figure, description))
+    plt.close(figure)  # otherwise the notebook shows it again at the end of the cell
+
+
+def columns(axes, x, words, title, marked=(), limit=8):
+    """
+    Draw x (T, C), whole numbers, as T columns of C cells, channel 0 on top, and frame the marked ones. The shades go
+    from orange (-limit) over white (0) to purple (limit).
+    """
     x = np.asarray(x.detach())
-    image = axes.pcolormesh(x.T, edgecolors="w", linewidth=1, vmin=-limit, vmax=limit)
-    plt.colorbar(image, ax=axes, pad=0.01)
+    axes.pcolormesh(x.T, edgecolors="#cccccc", linewidth=1, cmap="PuOr", vmin=-limit, vmax=limit)
     for i in marked:
         axes.add_patch(plt.Rectangle((i, 0), 1, x.shape[1], fill=False, edgecolor=RED, linewidth=3))
-    for (i, c), value in np.ndenumerate(x) if numbers else ():
-        axes.text(i + 0.5, c + 0.5, f"{value:.2f}", ha="center", va="center", color="k" if value > 0 else "w")
+    for (i, c), value in np.ndenumerate(x):
+        colour = "w" if abs(value) > 0.6 * limit else "k"
+        axes.text(i + 0.5, c + 0.5, f"{value:.0f}".replace("-", "−"), ha="center", va="center", color=colour)
     axes.set_xticks([i + 0.5 for i in range(len(words))], words)
-    axes.set_yticks([])
-    axes.set_ylabel(f"{x.shape[1]} channels")
+    axes.set_yticks([c + 0.5 for c in range(x.shape[1])], range(x.shape[1]))
+    axes.set_ylabel("channel")
+    axes.tick_params(length=0)
+    axes.invert_yaxis()
     axes.set_title(title)
     axes.grid(False)
 
@@ -98,15 +122,50 @@ def routing_map(axes, taken, pieces, title, rows):
     axes.grid(False)
 
 
-class Live:
-    """A picture that changes while a cell runs: each `update` calls draw(axes)."""
+def coloured(pieces, depths, routed):
+    """Show a text whose tokens are darker the more of the `routed` blocks processed them; depths: one per piece."""
 
-    def __init__(self, draw):
-        self.figure, self.axes = plt.subplots()
-        self.draw, self.handle = draw, display(display_id=True)
+    def span(text, depth):
+        colour, _, background = style(depth, routed).partition(" on ")  # empty for depth 0
+        return f'<span style="color: {colour}; background: {background}">{text}</span>' if depth else text
+
+    legend = " ".join(span(f"&nbsp;{depth}&nbsp;", depth) for depth in range(routed + 1))
+    text = "".join(span(html.escape(visible(piece)) + "\n" * (piece == "\n"), d) for piece, d in zip(pieces, depths))
+    display(HTML(f"routed blocks that processed a character: {legend}<pre>{text}</pre>"))
+
+
+def animate(draw, frames, description, figsize=(8, 3), seconds=0.5):
+    """
+    Show an animation with a picture for each frame, drawn by draw(axes, frame). It is a PNG that plays in any browser,
+    without a network; where it cannot, it shows the last frame.
+    """
+    figure, axes = plt.subplots(figsize=figsize)
+    images = []
+    for frame in frames:
+        axes.clear()
+        draw(axes, frame)
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+        image = PIL.Image.open(file).convert("RGB")
+        # Few colours make a small file; the method keeps white white.
+        images.append(image.quantize(palette=images[0]) if images else image.quantize(32, PIL.Image.MAXCOVERAGE))
+    plt.close(figure)
+    options = {"append_images": images, "default_image": True, "duration": 1000 * seconds, "loop": 0}
+    file = io.BytesIO()
+    images[-1].save(file, format="png", save_all=True, **options)
+    display(Image(file.getvalue(), alt=description))
+
+
+class Live:
+    """A picture that changes while a cell runs: each `update` calls draw(axes), or with several panels draw(panels)."""
+
+    def __init__(self, draw, description, panels=1, figsize=None):
+        self.figure, self.axes = plt.subplots(1, panels, figsize=figsize)
+        self.draw, self.description, self.handle = draw, description, display(display_id=True)
         plt.close(self.figure)  # otherwise the notebook shows it again at the end of the cell
 
     def update(self):
-        self.axes.clear()
+        for axes in self.figure.axes:
+            axes.clear()
         self.draw(self.axes)
-        self.handle.update(self.figure)
+        self.handle.update(picture(self.figure, self.description))
