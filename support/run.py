@@ -111,6 +111,8 @@ def last_whole(out_dir):
 def best_loss(out_dir, step):
     """The best checkpoint's causal loss; infinity if it was saved after `step`, because those steps are repeated."""
     best = checkpoint.read(out_dir, "best")
+    if not best.get("rows"):
+        raise UserError(f"{out_dir / 'best.json'} holds no evaluation")
     return best["rows"][-1]["val_loss_causal"] if best["step"] <= step else math.inf
 
 

@@ -3,7 +3,7 @@ Damage to a run's folder and its data set, by a fixed list of mutators. Three co
 accepted, tracebacks, hangs.
 
     python -m pytest -m slow tests/test_fuzz.py               # 300 cases
-    CASES=10000 python -m pytest -m slow tests/test_fuzz.py
+    CASES=10000 python -m pytest -m slow tests/test_fuzz.py -n 4     # -n with pytest-xdist
 """
 
 import collections
@@ -28,7 +28,7 @@ from support.files import sha256_of
 from train import TrainConfig
 
 CASES = int(os.environ.get("CASES", 300))
-SECONDS = 20  # longer is a hang: a case takes a fifth of a second
+SECONDS = 120  # longer is a hang: a case takes a fifth of a second, or as long as a compilation
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="links, pipes and alarms")]
 
 SEALED = ("last.json", "previous.json", "best.json", "*.pt")  # a hash covers these files
@@ -279,11 +279,12 @@ def outcome(action, run, expected, compare):
     return ("wrong content" if compare and not same(found, expected) else "right content"), repr(found)[:300]
 
 
-def test_damage_is_one_line_or_harmless(original, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("first", range(4))  # four parts, so that several processes can share them
+def test_damage_is_one_line_or_harmless(original, tmp_path, monkeypatch, capsys, first):
     start, expected = original
     monkeypatch.chdir(tmp_path)
-    counts, faults = collections.Counter(), []
-    for case in range(CASES):
+    counts, faults, cases = collections.Counter(), [], range(first, CASES, 4)
+    for case in cases:
         rng = random.Random(case)
         place = tmp_path / str(case)
         shutil.copytree(start, place / "run")
@@ -299,6 +300,6 @@ def test_damage_is_one_line_or_harmless(original, tmp_path, monkeypatch, capsys)
                 faults.append(f"case {case}, {mutator.__name__}, {action.__name__}: {what}\n{details}")
         shutil.rmtree(place)
         capsys.readouterr()
-    print(f"{CASES} cases: {dict(counts)}")
+    print(f"{len(cases)} cases: {dict(counts)}")
     assert not faults, f"{len(faults)} faults\n" + "\n\n".join(faults[:20])
-    assert counts["one line"] > CASES / 2 and counts["right content"] > CASES / 4
+    assert counts["one line"] > len(cases) / 2 and counts["right content"] > len(cases) / 4

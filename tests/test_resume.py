@@ -912,6 +912,15 @@ def test_exchanged_checkpoints_of_one_run_are_noticed(small_run, tmp_path, pair,
         assert "The best checkpoint is lost" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rows", [None, [], {}, ""])
+def test_a_best_checkpoint_without_evaluations_counts_as_lost(tiny, rows, capsys):
+    train.train(tiny)
+    reseal(tiny.out_dir, "best", lambda i: i.pop("rows") and None if rows is None else i.update(rows=rows))
+    train.main(["--resume", f"--out_dir={tiny.out_dir}", "--max_iters=9"])
+    assert "The best checkpoint is lost" in capsys.readouterr().out
+    assert checkpoint.read(Path(tiny.out_dir), "best")["rows"]
+
+
 def test_a_damaged_last_json_does_not_replace_a_whole_previous_one(small_run, tmp_path):
     out_dir = tmp_path / "run"
     shutil.copytree(small_run, out_dir)
