@@ -60,16 +60,18 @@ class Slots:
         self.rows, self.device = rows, device
         self.end = max(start) + T  # S: tokens in the longest row after this pass
         self.mask = None  # hides the unused end of shorter rows
+        self.slot = None  # the place of each row's new token (n,), if the rows differ in length
         self.stored = slice(None)  # selects these rows of the storage; for all rows a slice, which copies nothing
         some, ragged = rows != list(range(batch_size)), min(start) < max(start)
         if some or ragged:
-            index, self.slot = to_device([rows, start], device)  # one copy for both
+            index, slot = to_device([rows, start], device)  # one copy for both
         if some:
             self.stored = index
         self.new = self.stored, slice(None), slice(self.end - T, self.end)  # selects where the new tokens go
         if ragged:  # one token per row, and the rows have different lengths
-            self.new = index[:, None], slice(None), self.slot[:, None]
-            self.mask = torch.arange(self.end, device=device) <= self.slot[:, None, None, None]  # (n, 1, 1, S)
+            self.slot = slot
+            self.new = index[:, None], slice(None), slot[:, None]
+            self.mask = torch.arange(self.end, device=device) <= slot[:, None, None, None]  # (n, 1, 1, S)
 
 
 class View:
@@ -136,7 +138,7 @@ def read(model, cache, idx, rows):
     """Read the new tokens idx (n, T) into these rows, with causal routing. Returns the next logits (n, vocab_size)."""
     T, device, start = idx.size(1), model.lm_head.weight.device, [cache.n_read[row] for row in rows]
     slots = Slots(rows, start, T, len(cache.n_read), device)
-    if slots.mask is None:  # all rows continue at the same place
+    if slots.slot is None:  # all rows continue at the same place
         positions = torch.arange(start[0], slots.end, device=device)[None]  # (1, T)
     else:
         positions = slots.slot[:, None]  # (n, 1)

@@ -195,8 +195,7 @@ class RoutedBlock(Block):
     def process_causal(self, x, r, positions, cache=None):
         """Process the tokens with positive logits. Sequences take different numbers of them; those with none skip."""
         self.taken = self.logits > 0  # (B, T)
-        # This waits for the device, because the shapes below depend on these counts. Nothing else in a pass does.
-        counts = self.taken.sum(dim=1).tolist()
+        counts = self.taken.sum(dim=1).tolist()  # waits for the device: the shapes below depend on these counts
         rows = [row for row, n in enumerate(counts) if n > 0]
         if not rows:
             return x

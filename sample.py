@@ -78,6 +78,8 @@ def sample(config):
             f"{config.out_dir} holds a dense model, in which every token goes through every block; "
             "drop --show_depth, --depth_svg, --routing_map and --html"
         )
+    if config.html:
+        page.check(model)
     prompt = tokenizer.encode(read_prompt(config.start)) or tokenizer.default_prompt
     if max(prompt) >= model.config.vocab_size:
         raise UserError(f"the model in {config.out_dir} has fewer tokens than its tokenizer; use another one")

@@ -231,7 +231,7 @@ def execute(run, out_dir, dataset, device, measure=None, **more):
             except Diverged:
                 return row
             model, info = checkpoint.load(out_dir, "last", config.device)
-    # Choices may be made on the first half of the validation split only; every reported figure is from the second.
+    # Choices may be made on the first half of the validation split only.
     choose, report = np.split(data["val"], [len(data["val"]) // 2])
     return row | {
         "choose": evaluate(model, choose, batch_size=64, eval_iters=len(choose)),

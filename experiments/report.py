@@ -78,7 +78,7 @@ def models_of(done):
 
 
 def final(roles):
-    """{role: model or None} by the fresh seeds, on both halves because these chose nothing, if each model has them."""
+    """{role: model or None} by the fresh seeds, on both halves of the held-out text, if each model has them."""
     if not all(model.fresh for model in roles.values() if model):
         return roles
     both = ("choose", "report")
@@ -312,10 +312,13 @@ def long_table(done):
         groups.setdefault((run.route_every, run.learning_rate, which), []).append(row)
     rows = []
     for (routed, rate, which), found in sorted(groups.items(), key=lambda pair: (pair[0][0], pair[0][2], pair[0][1])):
-        losses = [[row[half]["val_loss_causal"] for row in found] for half in ("choose", "report")]
+        halves = [[row[half] for row in found] for half in ("choose", "report")]
+        shown = [
+            spread([row["val_loss_causal"] for row in half], "{:.4f}") if all(half) else "diverged" for half in halves
+        ]
         seeds = ", ".join(str(row["run"]["seed"]) for row in found)
         name = f"{'MoD' if routed else 'dense'} {found[0]['run']['n_layer']}×{found[0]['run']['n_embd']}"
-        rows.append([name, f"{rate:g}", f"{seeds} ({which})", *(spread(half, "{:.4f}") for half in losses)])
+        rows.append([name, f"{rate:g}", f"{seeds} ({which})", *shown])
     return markdown(":model | rate | seeds | first half | second half", rows)
 
 
@@ -363,9 +366,9 @@ def draw_curves(models, path):
         draw_budget(row[1], models, budget, "forward_flops_per_token", "FLOPs per token of a forward pass")
         means = [model.mean() for kind in LOOKS for model in plain(models, budget, kind)]
         row[0].set_ylim(min(means) - 0.02, max(means) + 0.02)
-        row[0].set_ylabel("held-out loss, causal (nats per character)\nno bar: seed 1 alone")
+        row[0].set_ylabel("causal loss on the second half (nats per character)\nno bar: seed 1 alone")
         row[0].set_title(
-            f"{short(budget)} training FLOPs: best MoD (star) {signed(roles['distance'])} against best dense"
+            f"{short(budget)} training FLOPs: best MoD (star) {signed(roles['distance'])} against best dense, by fresh seeds"
         )
         row[0].legend()
     save(figure, path)
@@ -556,7 +559,9 @@ def claim_6(found):
     for b, roles in found.items():
         losses = zip(roles["MoD"].losses(), roles["MoD"].losses("topk"))
         costs[b] = statistics.mean(100 * (causal / topk - 1) for causal, topk in losses)
-        right = min(right, *(row["report"]["predictor_accuracy"] for row in roles["MoD"].rows))
+        right = min(
+            right, *(row[half]["predictor_accuracy"] for half in roles["MoD"].halves for row in roles["MoD"].rows)
+        )
     loss = "; ".join(f"{short(b)}: loss {signed_percent(cost)}" for b, cost in costs.items())
     small = max(costs.values()) < 0.3
     verdict = "reproduced" if small and right > 0.97 else "partly" if small else "not"

@@ -24,11 +24,12 @@ import torch
 from tqdm import tqdm
 
 from support.options import UserError, expanded
+from support.report import hardware
 
-SEEDS = (1, 2, 3, 4)  # the first one chooses learning rates, and which models get the others
+SEEDS = (1, 2, 3, 4)  # the first one (in the set long, the first two) chooses learning rates
 FRESH = (5, 6, 7, 8, 9, 10)  # of the models in the final comparison, trained when all choices are made
 FACTOR = 2  # between two learning rates
-CLIFF = 1.05  # times the loss: so much worse at the next higher rate
+CLIFF = 1.05  # if twice a rate has a loss this many times larger, the rate is too risky
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -96,13 +97,19 @@ def read(results, run_class):
 
 def commit():
     """The commit of this code, "+ changes" if a Python file differs from it, or "unknown" outside a git repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    root = Path(__file__).resolve().parents[1]
+    git = ["git", "-C", str(root)]
     try:
-        name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        found = subprocess.run(
+            [*git, "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    top, name = found.stdout.splitlines()
+    if Path(top).resolve() != root:  # these files lie in somebody else's repository
+        return "unknown"
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/*.py"]).returncode
-    return name.stdout.strip() + (" + changes" if changed else "")
+    return name[:12] + (" + changes" if changed else "")
 
 
 def run_all(wanted, run_class, execute, results, jobs):
@@ -117,7 +124,7 @@ def run_all(wanted, run_class, execute, results, jobs):
     if not wanted(done):
         return
     results.mkdir(parents=True, exist_ok=True)
-    provenance = {"commit": commit()}  # the model of the CPU or GPU is among the row's versions
+    provenance = {"commit": commit(), "cpu": hardware("cpu")}  # of the code and the machine that finish the run
     stopped = []  # signals received
 
     def ask_to_stop(number, frame):

@@ -32,12 +32,17 @@ def page(model, tokenizer, ids):
 
     Raises UserError for a model without routed blocks or with experts.
     """
-    if not model.routed_blocks or isinstance(model, MoDE):
-        raise UserError("the page needs a model with routed blocks and without experts; use another one")
+    check(model)
     data = json.dumps(measure(model, tokenizer, ids), allow_nan=False, separators=(",", ":"))
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     # JSON may write "<" as \u003c. So no text can end the <script> that holds it.
     return template.replace("DATA", data.replace("<", "\\u003c"), 1)
+
+
+def check(model):
+    """Raise UserError for a model that the page cannot show."""
+    if not model.routed_blocks or isinstance(model, MoDE):
+        raise UserError("the page needs a model with routed blocks and without experts; use another one")
 
 
 @torch.no_grad()

@@ -80,13 +80,13 @@ def describe(model, device, dtype, compiled):
 
 
 def hardware(device):
-    """The model of the GPU, or of the CPU with the instructions that PyTorch uses there, on which rounding depends."""
+    """The model of the GPU, or of the CPU and the instructions that PyTorch uses there, on which rounding depends."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     listed = Path("/proc/cpuinfo")  # of Linux; elsewhere `platform` knows the model, or at least its kind
-    model = re.search(r"model name\s*: (.*)", listed.read_text() if listed.is_file() else "")
+    model = re.search(r"model name\s*: (.*)", listed.read_text(encoding="utf-8") if listed.is_file() else "")
     name = model[1] if model else platform.processor() or platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability() if device == 'cpu' else device}"
 
 
 def versions(device):

@@ -44,7 +44,7 @@ class Progress:
     def read(self, scaler):
         """
         Read the figures of the steps since the last call, all at once, because each read waits for the device. Raises
-        Diverged if a gradient was not finite; the weights are not either, then, so `save` reads before it writes.
+        Diverged if a gradient was not finite. The weights may not be either, then, so `save` reads before it writes.
         """
         begun = time.perf_counter()
         figures = torch.stack(self.unread).tolist() if self.unread else []
@@ -253,7 +253,7 @@ def save(out_dir, model, stateful, progress, info, stop):
     """
     progress.read(stateful["scaler"])
     if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-        raise Diverged("largest weight", math.inf, progress.step)
+        raise Diverged("largest weight", "not finite", progress.step)
     if not ranks.is_main():
         progress.saved = progress.step
         return True

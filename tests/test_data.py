@@ -260,6 +260,21 @@ def test_mistakes(tmp_path, tiny_encoding, threads, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_tokens_that_were_moved_and_linked_do_not_count_as_progress(tmp_path, monkeypatch):
+    write_documents(tmp_path / "in" / "a.jsonl", words(50))
+    arguments = ["--input", str(tmp_path / "in"), "--val_every=10", "--processes=1", "--out"]
+    openwebtext.main([*arguments, str(tmp_path / "whole")])
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # interrupted with all tokens written
+        patch.setattr(data_module, "commit", lambda *a: 1 / 0)
+        openwebtext.main([*arguments, str(out)])
+    moved = (out / "train.part").rename(tmp_path / "moved")
+    (out / "train.part").symlink_to(moved)
+    openwebtext.main([*arguments, str(out)])
+    assert prepared(out)[1] == prepared(tmp_path / "whole")[1] and moved.is_file()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
 def test_no_write_follows_a_link_in_the_folder_of_a_data_set(tmp_path):
     """A stranger's folder may hold a link under each name that prepare.py writes, also the temporary ones."""
     write_documents(tmp_path / "in" / "a.jsonl", words(50))

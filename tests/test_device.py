@@ -208,6 +208,7 @@ def test_a_run_on_the_device_waits_only_to_log_evaluate_and_save(tiny, tmp_path,
         train.train(dataclasses.replace(there, max_iters=4))
         train.train(dataclasses.replace(there, resume=True))
     assert steps == [(0, 2, 0)] * 8  # each micro-step copies its batch; nothing waits
+    assert len(evaluations) == 3  # at steps 0, 4 and 8
     for reads, copies, waits in evaluations:  # three batches, and all figures at the end
         assert reads <= 3 * decisions(config) + 2 and copies == 3 and waits == reads
     assert set(logs) == {(0, 0, 0), (1, 0, 1)} and logs.count((1, 0, 1)) == 4  # steps 2, 4, 6, 8
@@ -262,6 +263,7 @@ def test_a_decoded_token_waits_once_per_decision(gpu, kind, prompts):
     for reads, copies, waits in in_window:
         assert reads <= decisions(model.config) + 1 and waits == reads  # torch.multinomial checks its input
         assert copies <= (0 if len(prompts) == 1 else 1 + len(model.routed_blocks))
+    assert any(reads for reads, _, _ in in_window)
 
 
 def test_generate_brings_the_prompt_to_the_device(gpu):

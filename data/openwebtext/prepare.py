@@ -164,18 +164,19 @@ def tokenize(documents, job, args, out):
     parts = {split: out / f"{split}.part" for split in data.SPLITS}
     done = {"job": job, "chunks": 0, "train": 0, "val": 0, "without_text": 0, "digest": ""}
     progress = out / "progress.json"
+    for part in parts.values():
+        if part.is_symlink():  # in a stranger's folder it may lead to any file
+            part.unlink()  # what it led to does not count as progress
     try:
         before = json.loads(progress.read_text(encoding="utf-8"))
         if before["job"] == job and all(part.stat().st_size >= 2 * before[split] for split, part in parts.items()):
             done = before
         if done["chunks"]:
-            print(f"Continuing after {done['chunks'] * CHUNK:,} of {len(documents):,} documents")
+            after = min(done["chunks"] * CHUNK, len(documents))
+            print(f"Continuing after {after:,} of {len(documents):,} documents")
     except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing to continue
     chunks = range(done["chunks"], -(-len(documents) // CHUNK))
-    for part in parts.values():
-        if part.is_symlink():  # in a stranger's folder it may lead to any file
-            part.unlink()
     files = {split: open(part, "ab") for split, part in parts.items()}
     bar = tqdm(total=len(documents), initial=done["chunks"] * CHUNK, disable=None, unit="doc", dynamic_ncols=True)
     with files["train"], files["val"], bar, pool_of(args.processes, start, (documents, args)) as pool:

