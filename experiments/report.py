@@ -261,8 +261,7 @@ def isoflop_table(models):
 
 def trend(found):
     """The slope of a line through {budget: difference}, in points per factor of ten, and half of its 95% interval."""
-    x = np.log10(list(found))
-    mean, half = np.array(list(found.values())).T
+    x, (mean, half) = np.log10(list(found)), np.array(list(found.values())).T
     weight = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     return weight @ mean, math.hypot(*(weight * half))
 
@@ -306,18 +305,15 @@ def expert_table(models):
 
 def long_table(done):
     """The runs of the set long: for each learning rate the mean loss on each half, and what the fresh seeds say."""
-    groups = {}
-    for run, row in done.items():
+    groups, rows = {}, []
+    for run in done:
+        name = f"{'MoD' if run.route_every else 'dense'} {run.n_layer}×{run.n_embd}"
         which = "fresh" if run.seed in FRESH else "choice"
-        groups.setdefault((run.route_every, run.learning_rate, which), []).append(row)
-    rows = []
-    for (routed, rate, which), found in sorted(groups.items(), key=lambda pair: (pair[0][0], pair[0][2], pair[0][1])):
-        halves = [[row[half] for row in found] for half in ("choose", "report")]
-        shown = [
-            spread([row["val_loss_causal"] for row in half], "{:.4f}") if all(half) else "diverged" for half in halves
-        ]
-        seeds = ", ".join(str(row["run"]["seed"]) for row in found)
-        name = f"{'MoD' if routed else 'dense'} {found[0]['run']['n_layer']}×{found[0]['run']['n_embd']}"
+        groups.setdefault((name, which, run.learning_rate), []).append(run)
+    for (name, which, rate), runs in sorted(groups.items()):
+        seeds, found = ", ".join(str(run.seed) for run in runs), [done[run] for run in runs]
+        halves = [[row[half] and row[half]["val_loss_causal"] for row in found] for half in ("choose", "report")]
+        shown = [spread(losses, "{:.4f}") if all(losses) else "diverged" for losses in halves]
         rows.append([name, f"{rate:g}", f"{seeds} ({which})", *shown])
     return markdown(":model | rate | seeds | first half | second half", rows)
 
@@ -367,9 +363,8 @@ def draw_curves(models, path):
         means = [model.mean() for kind in LOOKS for model in plain(models, budget, kind)]
         row[0].set_ylim(min(means) - 0.02, max(means) + 0.02)
         row[0].set_ylabel("causal loss on the second half (nats per character)\nno bar: seed 1 alone")
-        row[0].set_title(
-            f"{short(budget)} training FLOPs: best MoD (star) {signed(roles['distance'])} against best dense, by fresh seeds"
-        )
+        distance = f"best MoD (star) {signed(roles['distance'])} against best dense, by fresh seeds"
+        row[0].set_title(f"{short(budget)} training FLOPs: {distance}")
         row[0].legend()
     save(figure, path)
 
@@ -557,11 +552,10 @@ def claim_6(found):
     """The causal loss is at most 0.3% higher, and the predictor is right as often as the paper's."""
     costs, right = {}, 1
     for b, roles in found.items():
-        losses = zip(roles["MoD"].losses(), roles["MoD"].losses("topk"))
+        mod = roles["MoD"]
+        losses = zip(mod.losses(), mod.losses("topk"))
         costs[b] = statistics.mean(100 * (causal / topk - 1) for causal, topk in losses)
-        right = min(
-            right, *(row[half]["predictor_accuracy"] for half in roles["MoD"].halves for row in roles["MoD"].rows)
-        )
+        right = min(right, *(row[half]["predictor_accuracy"] for half in mod.halves for row in mod.rows))
     loss = "; ".join(f"{short(b)}: loss {signed_percent(cost)}" for b, cost in costs.items())
     small = max(costs.values()) < 0.3
     verdict = "reproduced" if small and right > 0.97 else "partly" if small else "not"

