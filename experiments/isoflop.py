@@ -30,8 +30,7 @@ from mode import forward_flops
 from support import checkpoint
 from support.data import load_dataset
 from support.evaluation import evaluate
-from support.options import UserError, errors_in_one_line, pick_device
-from support.run import Diverged
+from support.options import Diverged, UserError, errors_in_one_line, pick_device
 from train import TrainConfig, model_config, number_of_steps, train
 
 TOKENS_PER_STEP = 1024

@@ -48,6 +48,16 @@ class UserError(Exception):
     """A user's mistake in one line: got, expected, what to do."""
 
 
+class Diverged(UserError):
+    """A loss or a gradient is not finite."""
+
+    def __init__(self, name, value, step, more=""):
+        super().__init__(
+            f"the {name} is {value} at step {step:,}{more}: the run diverged; the checkpoints before it stay. "
+            "Try a lower --learning_rate, a longer --warmup_iters or --dtype=float32"
+        )
+
+
 @contextlib.contextmanager
 def errors_in_one_line(script, smaller):
     """

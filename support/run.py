@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from support import checkpoint, ranks, untrusted
 from support.files import lock_at, write_json, write_whole
-from support.options import UserError, command, show
-from support.untrusted import reason_of
+from support.options import Diverged, UserError, command, show
 
 
 @dataclass
@@ -64,16 +63,6 @@ class Progress:
         """The mean training losses since the last evaluation, {} before the first step."""
         steps = self.step - self.rows[-1]["step"] if self.rows else 0
         return {"train_loss": self.loss_sum / steps, "aux_loss": self.aux_sum / steps} if steps else {}
-
-
-class Diverged(UserError):
-    """A loss or a gradient is not finite."""
-
-    def __init__(self, name, value, step, more=""):
-        super().__init__(
-            f"the {name} is {value} at step {step:,}{more}: the run diverged; the checkpoints before it stay. "
-            "Try a lower --learning_rate, a longer --warmup_iters or --dtype=float32"
-        )
 
 
 def saved_options(out_dir, whole=False):
@@ -224,7 +213,7 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
         untrusted.check_optimizer(state, found["step"], **stateful)
     except Exception as error:  # nonsense raises many kinds
         raise UserError(
-            f"{out_dir / found['files']['optimizer']['name']} does not fit the run ({reason_of(error)}); "
+            f"{out_dir / found['files']['optimizer']['name']} does not fit the run ({untrusted.reason_of(error)}); "
             "start a new run from its weights with --init_from"
         ) from None
     model.load_state_dict(weights)
