@@ -23,6 +23,7 @@ from mode import build, config_class
 from support import untrusted
 from support.files import sha256_of, sha256_of_json, write_json, write_whole
 from support.options import UserError, command, printable, show
+from support.untrusted import reason_of
 
 FORMAT = 4  # 4 adds the role, which is the JSON's name
 READABLE = (2, 3, 4)  # the formats that `read` understands
@@ -90,9 +91,7 @@ def contents(out_dir, name):
     try:
         untrusted.check_contents(info, name)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, UserError) as error:
-        raise UserError(
-            f"{path} is not from train.py ({untrusted.reason_of(error)}); train again or use another"
-        ) from None
+        raise UserError(f"{path} is not from train.py ({reason_of(error)}); train again or use another") from None
     return {**info, **{part: with_variant(info[part]) for part in ("model", "config") if part in info}}
 
 
@@ -109,9 +108,7 @@ def _read(out_dir, name):
     try:
         untrusted.check_model(info["model"], weights)
     except Exception as error:  # building a model from nonsense raises many kinds
-        raise UserError(
-            f"the weights and the model in {path} do not fit together: {untrusted.reason_of(error)}"
-        ) from None
+        raise UserError(f"the weights and the model in {path} do not fit together: {reason_of(error)}") from None
     if not all(w.isfinite().all() for w in weights.values()):
         raise UserError(f"the weights of {path} are not finite (NaN or infinite), so it predicts nothing; use another")
     return info, weights
@@ -179,7 +176,7 @@ def tensors(out_dir, info, kind):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # PyTorch raises many kinds, depending on what is wrong with the file
-        reason = untrusted.reason_of(error)
+        reason = reason_of(error)
         raise UserError(f"{path} holds no tensors that can be loaded safely ({reason}); do not use it") from None
 
 

@@ -66,11 +66,7 @@ class Progress:
 
 
 def saved_options(out_dir, whole=False):
-    """
-    The options of the run in out_dir, with "auto" as it was asked for; None if out_dir holds no run.
-
-    whole: raise UserError for a run without a whole checkpoint.
-    """
+    """The run's options, "auto" as asked for; None if there is no run. whole: UserError if it has no whole checkpoint."""
     try:
         try:
             info, _ = last_whole(out_dir)
