@@ -66,7 +66,7 @@ class Progress:
 
 
 def saved_options(out_dir, whole=False):
-    """The run's options, "auto" as asked for; None if there is no run. whole: UserError if it has no whole checkpoint."""
+    """The run's options, "auto" as asked for; None if there is no run. whole: UserError if no checkpoint is whole."""
     try:
         try:
             info, _ = last_whole(out_dir)
