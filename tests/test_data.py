@@ -260,7 +260,8 @@ def test_mistakes(tmp_path, tiny_encoding, threads, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
-def test_tokens_that_were_moved_and_linked_do_not_count_as_progress(tmp_path, monkeypatch):
+def test_tokens_that_were_moved_and_linked_do_not_count_as_progress(tmp_path, tiny_encoding, threads, monkeypatch):
+    pytest.importorskip("datasets")
     write_documents(tmp_path / "in" / "a.jsonl", words(50))
     arguments = ["--input", str(tmp_path / "in"), "--val_every=10", "--processes=1", "--out"]
     openwebtext.main([*arguments, str(tmp_path / "whole")])
@@ -275,8 +276,9 @@ def test_tokens_that_were_moved_and_linked_do_not_count_as_progress(tmp_path, mo
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
-def test_no_write_follows_a_link_in_the_folder_of_a_data_set(tmp_path):
+def test_no_write_follows_a_link_in_the_folder_of_a_data_set(tmp_path, tiny_encoding, threads):
     """A stranger's folder may hold a link under each name that prepare.py writes, also the temporary ones."""
+    pytest.importorskip("datasets")
     write_documents(tmp_path / "in" / "a.jsonl", words(50))
     arguments = ["--input", str(tmp_path / "in"), "--val_every=10", "--processes=1", "--out"]
     openwebtext.main([*arguments, str(tmp_path / "whole")])

@@ -401,7 +401,8 @@ def test_a_suspended_run_keeps_its_folder_and_ends_the_same(tiny):
     train.train(whole := elsewhere(dataclasses.replace(tiny, max_iters=300, eval_interval=50), "whole"))
     config = dataclasses.replace(whole, out_dir=tiny.out_dir)
     argv = [f"--{name}={value}" for name, value in dataclasses.asdict(config).items()]
-    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    piped = dict(cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, "train.py", *argv], **piped)
     for line in process.stdout:  # to the first evaluation after a few steps
         if line.startswith("step  50/300"):
             process.send_signal(signal.SIGSTOP)  # as Ctrl-Z does
