@@ -163,7 +163,7 @@ def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch):
 
 INDEXES = {
     "": "https://pypi.org/simple",
-    "global.index-url='https://index.example/root/'\n": "https://index.example/root",
+    "global.index-url='https://index.example/mirror/'\n": "https://index.example/mirror",
 }
 
 

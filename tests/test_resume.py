@@ -250,7 +250,7 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(tiny, 
         assert [checkpoint.read(out_dir, name)["step"] for name in ("last", "previous")] == [8, 6]
         path = out_dir / ("last.json" if kind == "json" else f"{kind}-8.pt")
         content = path.read_bytes()
-        # A JSON gets another option instead of a cut; that option must not be used either.
+        # Cut a .pt file short; in the JSON change an option, which must not be used either.
         path.write_bytes(content.replace(b'"n_layer": 2', b'"n_layer": 3') if kind == "json" else content[:100])
         assert train.options_of_the_run({}, {"resume": True, "out_dir": config.out_dir})["n_layer"] == 2
         capsys.readouterr()
