@@ -420,9 +420,6 @@ def test_our_own_bugs_keep_their_traceback(tiny, monkeypatch):
 
 
 MOVED = {
-    "isoflop.py": "experiments.isoflop",
-    "bench.py": "experiments.bench",
-    "gpt2.py": "support.gpt2",
     "support/gpt2.py": "support.gpt2",
     **{
         f"experiments/{name}.py": f"experiments.{name}"

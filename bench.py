@@ -1,1 +1,0 @@
-raise SystemExit("bench.py has moved: python -m experiments.bench")

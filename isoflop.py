@@ -1,1 +1,0 @@
-raise SystemExit("isoflop.py has moved: python -m experiments.isoflop")
