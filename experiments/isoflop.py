@@ -96,6 +96,7 @@ GPU_SIZES = {  # these budgets read the complete works 2 to 8 times, 3 to 11 tim
 }
 ABLATED = 3e12  # the budget at which one thing at a time is changed in the best MoD model
 VARIANTS = ("stochastic", "position", "no_gate", "sigmoid_gate", "loud_router", "exploring_noise")
+CAUSAL = ({}, {"causal_method": "router"}, {"variant": "expert_threshold"})  # three ways to decide without look-ahead
 EXPERTS = {  # in every other block, the ones that MoD would route
     "MoE": dict(n_expert=4),
     "MoE, lowered capacity": dict(n_expert=4, expert_capacity=0.125),
@@ -108,15 +109,16 @@ def compared(budget, sizes, done):
     """
     The runs that are still needed to compare dense and MoD at one budget.
 
-    First each size at learning rates around its best one, with one seed. Then the other seeds, at that learning rate,
-    for the three best sizes of each kind and for the rival of the best MoD model. Then fresh seeds for the models in
-    the paper's claims, where the best model has the lowest mean over the seeds so far. "Best" always refers to the half
-    of the validation split that is for choosing.
+    First each size at learning rates around its best one, with one seed (two at the budgets for a GPU). Then the other
+    seeds, at that learning rate, for the three best sizes of each kind and for the rival of the best MoD model. Then
+    fresh seeds for the models in the paper's claims, where the best model has the lowest mean over the seeds so far.
+    "Best" always refers to the half of the validation split that is for choosing.
     """
+    chosen_by = SEEDS[:2] if budget in GPU_SIZES else SEEDS[:1]
     todo, kinds = [], {0: [], 2: []}
     for route_every, runs in kinds.items():
         for n, width in sizes:
-            run, missing = search(Run(budget, n * (2 if route_every else 1), width, route_every), done)
+            run, missing = search(Run(budget, n * (2 if route_every else 1), width, route_every), done, chosen_by)
             todo += missing
             runs.append(run)
     if todo:
@@ -137,7 +139,7 @@ def changed(run):
     return [
         *(replace(run, capacity=share) for share in (0.0625, 0.25, 0.5, 1.0)),
         *(replace(run, route_every=n) for n in (1, 3) if n <= run.n_layer),
-        replace(run, causal_method="router"),
+        *(replace(run, **options) for options in CAUSAL[1:]),
         *(replace(run, variant=name) for name in VARIANTS),
         *(replace(run, block_size=T) for T in (64, 256)),
         *(replace(run, block_size=T, route_every=0, n_layer=run.n_layer // 2) for T in (64, 256)),
@@ -150,8 +152,10 @@ def at_budgets(sizes, done):
     for budget in sizes:
         missing = compared(budget, sizes[budget], done)
         if budget == ABLATED and not missing:
-            base = report.best_of(report.plain(report.models_of(done), budget, "MoD"))
-            missing = tuned(changed(base.run), done)
+            base = report.best_of(report.plain(report.models_of(done), budget, "MoD")).run
+            missing = tuned(changed(base), done)
+            causal = [search(replace(base, **options), done)[0] for options in CAUSAL]
+            missing = missing or [again for run in causal for again in seeds(run, done, FRESH)]
         todo += missing
     return todo
 

@@ -139,13 +139,19 @@ def execute(run, folder):
     options = dict(MODELS[run.model])
     letters = options.pop("letters", "dice")
     model = model_of(options)
-    step_flops = 3 * BATCH * model.flops(T)
+    row, diverged = train_one(run, model, lambda step: texts((run.seed, step), BATCH, letters)[:2], BATCH)
+    return row | {name: None if diverged else measure(model, seed) for name, seed in (("choose", 1), ("report", 2))}
+
+
+def train_one(run, model, batch, B):
+    """Train the model for run.budget FLOPs, B sequences a step. Returns its line so far, and whether it diverged."""
+    T = model.config.block_size
+    step_flops = 3 * B * model.flops(T)
     steps = int(run.budget // step_flops)
-    loss = learn(model, lambda step: texts((run.seed, step), BATCH, letters)[:2], steps, run.learning_rate, run.seed)
+    loss = learn(model, batch, steps, run.learning_rate, run.seed)
     row = {"run": asdict(run), "steps": steps, "flops": steps * step_flops}
     row |= {"parameters": model.num_parameters(), "forward_flops_per_token": model.flops(T) / T}
-    diverged = not math.isfinite(loss)
-    return row | {name: None if diverged else measure(model, seed) for name, seed in (("choose", 1), ("report", 2))}
+    return row, not math.isfinite(loss)
 
 
 @torch.no_grad()

@@ -60,11 +60,11 @@ class Model:
 
 
 def models_of(done):
-    """Each model at its best learning rate on the data for choosing, without models of which a seed diverged."""
+    """Each model at its chosen learning rate, without models of which a seed diverged."""
     best = {}
     for run in done:
         key = replace(run, learning_rate=0)
-        if run.seed == SEEDS[0] and loss_for_choice(run, done) < loss_for_choice(best.get(key), done):
+        if run.seed == SEEDS[0] and rank(run, done) < rank(best.get(key), done):
             best[key] = run
     models = []
     for run in best.values():
@@ -75,6 +75,13 @@ def models_of(done):
             choice = statistics.mean(row["choose"]["val_loss_causal"] for row in choosing)
             models.append(Model(run, choice, first[1:] or first, fresh if len(fresh) == len(FRESH) else []))
     return models
+
+
+def rank(run, done):
+    """Sorts the learning rates of a model: the chosen one has the most seeds, otherwise the lowest loss comes first."""
+    found = [again for seed in SEEDS + FRESH if run and (again := replace(run, seed=seed)) in done]
+    losses = [loss_for_choice(again, done) for again in found if again.seed in SEEDS]
+    return -len(found), statistics.mean(losses) if losses else math.inf
 
 
 def final(roles):
@@ -295,6 +302,29 @@ def ablation_table(models):
     return markdown("FLOPs | :changed | FLOPs/token | rate | causal | top-k | taken | against", rows)
 
 
+def causal_table(models):
+    """Three ways to decide without look-ahead in the same MoD model, by fresh seeds: loss, and agreement with top-k."""
+    if not ablated(models):
+        return ""
+    base, others = changes(models, ablated(models))
+    others = {name: model for name, model, _ in others}
+    ways = {"predictor": base, "router, with an auxiliary loss": others.get(change_name("causal_method", "router"))}
+    ways["expert threshold"] = others.get(change_name("variant", "expert_threshold"))
+    if not all(model and model.fresh for model in ways.values()):
+        return ""
+    ways, rows = final(ways), []
+    for name, model in ways.items():
+        found = [row[half] for row in model.rows for half in model.halves]
+        shares = [[one[key] for one in found] for key in ("predictor_accuracy", "predictor_recall")]
+        taken = [share for one in found for share in one["taken"]]
+        shares = [f"{statistics.mean(of):.1%}" for of in (*shares, taken)] + [f"{min(taken):.1%} to {max(taken):.1%}"]
+        against = "" if name == "predictor" else compared(model, ways["predictor"])
+        costs = f"{model['forward_flops_per_token']:,.0f}", spread(model.losses(), "{:.4f}")
+        rows.append([name, *costs, spread(model.losses("topk"), "{:.4f}"), against, *shares])
+    columns = ":decides | FLOPs/token | causal | top-k | against the predictor"
+    return markdown(f"{columns} | agrees with top-k | of top-k's, taken | taken | range", rows)
+
+
 def expert_table(models):
     """Dense, MoD, MoE and MoDE of one shape at equal training FLOPs, the best first."""
     kinds = with_experts(models)
@@ -320,8 +350,8 @@ def long_table(done):
 
 def tables(models):
     """{name: table}, without those for which runs are missing."""
-    found = {"isoflop": isoflop_table, "crossover": crossover, "changes": ablation_table, "experts": expert_table}
-    return {name: text for name, table in found.items() if (text := table(models))}
+    found = {"isoflop": isoflop_table, "crossover": crossover, "changes": ablation_table, "causal": causal_table}
+    return {name: text for name, table in {**found, "experts": expert_table}.items() if (text := table(models))}
 
 
 # Pictures
@@ -347,8 +377,6 @@ def draw(models, results):
         draw_curves(models, results / "curves.png")
     if len(comparisons(models)) > 1:
         draw_crossover(models, results / "crossover.png")
-    if ablated(models):
-        draw_changes(models, results / "changes.png")
 
 
 @style
@@ -409,35 +437,6 @@ def draw_crossover(models, path):
     axes.set(xlabel="training FLOPs", ylabel="held-out loss of the best MoD, percent above")
     axes.set_title("How far the best MoD lies above the best dense GPT (95% intervals)")
     axes.legend()
-    save(figure, path)
-
-
-@style
-def draw_changes(models, path):
-    """What one change in the best MoD model does."""
-    figure = Figure(figsize=(8, 5.3), layout="constrained")
-    axes = figure.subplots()
-    blue, red = (look["color"] for look in LOOKS.values())
-    base, others = changes(models, ablated(models))
-    others = [(name, model) for name, model, against in others if against is base]
-    others.sort(key=lambda pair: pair[1].mean(), reverse=True)
-    edge = 1.06 * base.mean()  # a far worse model would press all others together
-    for y, (_, model) in enumerate(others):
-        if model.mean() > edge:
-            axes.text(edge, y, f"{model.mean():.2f} →", ha="right", va="center", color=blue)
-            continue
-        face = blue if model.complete else "none"
-        axes.plot(model.losses(), [y] * len(model.rows), "o", color=blue, alpha=0.5, markersize=4, markerfacecolor=face)
-        axes.plot(model.mean(), y, "|", color=blue, markersize=14)
-    axes.axvline(base.mean(), color=red, label=f"unchanged: MoD {base.name}")
-    axes.axvspan(min(base.losses()), max(base.losses()), color=red, alpha=0.15, label="range of its seeds")
-    axes.set_xlim(right=edge)
-    axes.set_ylim(-0.5, len(others) - 0.5)
-    axes.set_yticks(range(len(others)), [name for name, _ in others])
-    axes.set_xlabel("held-out loss, causal; a dot for each seed, a ring: seed 1 alone")
-    axes.set_title(f"{short(base.run.budget)} training FLOPs: one thing changed")
-    axes.grid(False, axis="y")
-    axes.legend(loc="upper right")
     save(figure, path)
 
 

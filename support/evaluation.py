@@ -18,9 +18,9 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
 
     Compare val_loss_causal with a dense model's loss, because the causal model is the one that samples. In
     val_loss_topk the routed blocks look ahead. taken: the share of tokens that each routed block processed in the
-    causal pass. The predictor (with causal_method "router" the router; some variants have neither) is scored in the
-    top-k pass: its accuracy, the accuracy of the better constant answer (base rate), and its recall. Returns None if
-    `stop` is requested meanwhile on any rank.
+    causal pass. The predictor (or what decides in its place: the router, or a variant's rule) is scored in the top-k
+    pass: its accuracy, the accuracy of the better constant answer (base rate), and its recall. Returns None if `stop`
+    is requested meanwhile on any rank.
     """
     T, device = model.config.block_size, model.lm_head.weight.device
     training = model.training
@@ -29,6 +29,7 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
     starts = np.linspace(0, len(tokens) - 1 - T, n_windows).astype(int)
     starts = [starts[i : i + batch_size] for i in range(0, n_windows, batch_size)]
     routed, measured = model.routed_blocks, {}
+    scored = model.routing_modules or routed
     for i in ranks.share(len(starts)):
         if stop is not None and stop.requested:
             break
@@ -37,7 +38,7 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
         with autocast(device, dtype):
             # .forward runs eagerly even if the model is compiled: the size of a causal batch depends on the data.
             _, topk_loss = model.forward(x, y, routing="topk")
-            decisions = [(m.taken, m.logits > 0) for m in model.routing_modules]
+            decisions = [(m.taken, m.logits > 0) for m in scored]
             _, causal_loss = model.forward(x, y, routing="causal") if routed else (None, topk_loss)
         zero = x.new_zeros(())  # where the sums start, because a dense model makes no decisions
         agree = sum(((taken == predicted).sum() for taken, predicted in decisions), zero)

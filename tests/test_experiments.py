@@ -746,7 +746,7 @@ def test_the_numbers_of_the_claims_follow_from_the_runs():
 def test_the_pictures_can_be_drawn(tmp_path):
     done = made_up([1, 1.619, 1.620, 1.621]) | lines_of(replace(MOD, capacity=0.5), [1, 1.659, 1.660, 1.661])
     report.draw(report.models_of(done), tmp_path)
-    assert (tmp_path / "curves.png").stat().st_size > 10_000 and (tmp_path / "changes.png").stat().st_size > 10_000
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -327,8 +327,9 @@ def test_weights_that_are_not_finite_are_never_saved_though_gradients_are_read_l
 # Evaluation
 
 
-def test_evaluation_is_over_fixed_windows_of_the_whole_split(tiny):
-    config = dataclasses.replace(tiny, eval_iters=1000)
+@pytest.mark.parametrize("variant", ["", "expert_threshold"])
+def test_evaluation_is_over_fixed_windows_of_the_whole_split(tiny, variant):
+    config = dataclasses.replace(tiny, variant=variant, eval_iters=1000)
     _, data = load_dataset(config.dataset, config.block_size)
     torch.manual_seed(0)
     model = GPT(train.model_config(config, {"vocab_size": 28})).eval()
