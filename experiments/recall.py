@@ -1,0 +1,237 @@
+"""
+Ordinary text with sparse recall: does a routed block pay where some tokens need a second layer?
+
+    python -m experiments.recall 256    # or 512: characters in a window
+
+Each window is Shakespeare with a code of eight different digits, new for each window, at random places: four in a
+window of 256 characters, eight in one of 512.
+
+    ... My noble 70324916gentlemen of Rome, 70324916what news ...
+
+From its second place on, all digits of a code but the first can be recalled: 8 to 10% of all characters. That takes
+two steps of attention: each digit notes the one before it, then a digit finds its earlier place and what followed it
+there. One layer cannot do both. An ordinary and a routed block can, if the router sends the digits together: they are
+one character in eight, as many as a routed block takes.
+
+All models train with the same FLOPs. Two seeds choose each learning rate on the first half of the validation split,
+then six fresh seeds report on the second half. Ctrl-C finishes the runs under way, which takes some minutes.
+"""
+
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("recall.py runs from the top of the repository: python -m experiments.recall")
+
+import functools
+import math
+import statistics
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch.nn import functional as F
+
+from experiments import report, runner
+from experiments.known_depth import train_one
+from mod import GPT, GPTConfig, RoutedBlock
+from support.data import load_dataset
+from support.options import errors_in_one_line
+
+DATASET = "shakespeare_works"
+DIGITS, LENGTH, EVERY = 10, 8, 64  # a code has LENGTH of the DIGITS, and there is one for each EVERY characters
+TOKENS_PER_STEP, MEASURED = 1024, 512  # MEASURED: windows
+BUDGET = 4e12  # training FLOPs
+
+MODELS = {  # 32 wide; "1 + 1" is an ordinary and a routed block
+    "dense, 2 layers": {"n_layer": 2, "route_every": 0},
+    "dense, 1 layer": {"n_layer": 1, "route_every": 0},
+    "MoD, 1 + 1": {"n_layer": 2},
+    "MoD told the digits, 1 + 1": {"n_layer": 2, "told": True},
+    "stochastic routing, 1 + 1": {"n_layer": 2, "variant": "stochastic"},
+    "position-only routing, 1 + 1": {"n_layer": 2, "variant": "position"},
+    "MoD with exploring noise, 1 + 1": {"n_layer": 2, "variant": "exploring_noise"},
+    "dense, 4 layers": {"n_layer": 4, "route_every": 0},
+    "MoD, 2 + 2": {"n_layer": 4},
+    "MoD decided by the router, 1 + 1": {"n_layer": 2, "causal_method": "router"},
+    "MoD, expert threshold, 1 + 1": {"n_layer": 2, "variant": "expert_threshold"},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    model: str  # a name in MODELS
+    block_size: int = 256
+    learning_rate: float = 4e-3  # where the search begins
+    seed: int = runner.SEEDS[0]
+    budget: float = BUDGET
+
+    @property
+    def name(self):
+        return f"{self.model}, {self.block_size}, {self.learning_rate:g}, seed {self.seed}"
+
+
+def texts(seed, n, T, tokens, vocab_size):
+    """n windows of `tokens` with codes, their targets, and which targets can be recalled; each (n, T)."""
+    rng = np.random.default_rng(seed)
+    codes, plain = T // EVERY, T + 1 - T // EVERY * LENGTH
+    window, recall = np.empty((n, T + 1), dtype=np.int64), np.zeros((n, T + 1), dtype=bool)
+    for row in range(n):
+        begin = np.sort(rng.integers(plain + 1, size=codes)) + LENGTH * np.arange(codes)
+        place = begin[:, None] + np.arange(LENGTH)  # (codes, LENGTH)
+        text = np.ones(T + 1, dtype=bool)
+        text[place] = False
+        start = rng.integers(len(tokens) - plain)
+        window[row, text] = tokens[start : start + plain]
+        window[row, place] = vocab_size + rng.permutation(DIGITS)[:LENGTH]
+        recall[row, place[1:, 1:]] = True
+    window, recall = torch.from_numpy(window), torch.from_numpy(recall)
+    return window[:, :-1], window[:, 1:], recall[:, 1:]
+
+
+class ToldBlock(RoutedBlock):
+    """Takes exactly the digits. It shows what a router could win here."""
+
+    has_routing_loss = False
+
+    def scores(self, r):
+        return r + 1e4 * self.is_digit
+
+    def causal_logits(self, x, r, positions):
+        return self.is_digit - 0.5
+
+
+class Told(GPT):
+    """A GPT whose routed blocks know which tokens are digits: the last ones of the vocabulary."""
+
+    def make_block(self, layer):
+        return ToldBlock(self.config, layer) if self.config.is_routed(layer) else super().make_block(layer)
+
+    def trunk(self, idx, *args):
+        for block in self.routed_blocks:
+            block.is_digit = (idx >= self.config.vocab_size - DIGITS).float()  # (B, T)
+        return super().trunk(idx, *args)
+
+
+def model_of(name, T, vocab_size):
+    options = dict(MODELS[name])
+    kind = Told if options.pop("told", False) else GPT
+    shape = {"n_head": 2, "n_embd": 32, "block_size": T, "vocab_size": vocab_size + DIGITS, "bias": False}
+    return kind(GPTConfig(**shape, **options))
+
+
+def execute(run, folder):
+    """Train and measure one run; returns its line of runs.jsonl. It saves nothing in the folder."""
+    torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
+    T, B = run.block_size, TOKENS_PER_STEP // run.block_size
+    meta, data = load_dataset(DATASET, T)
+    size = meta["vocab_size"]
+    model = model_of(run.model, T, size)
+    row, diverged = train_one(run, model, lambda step: texts((run.seed, step), B, T, data["train"], size)[:2], B)
+    row["data"] = meta["text_sha256"][:16]
+    for name, half in zip(("choose", "report"), np.split(data["val"], [len(data["val"]) // 2])):
+        windows = texts(0, MEASURED, T, half, size)
+        row[name] = None if diverged else measure(model, *windows)
+    if row["report"] and model.routed_blocks:  # what the first block takes of the last window, for the picture
+        model(windows[0][:1], routing="causal")
+        row["picks"] = "".join(str(int(taken)) for taken in model.routed_blocks[0].taken[0])
+        letters = [*meta["vocab"], *"0123456789"]
+        row["text"] = "".join(letters[token] for token in windows[0][0])
+    return row
+
+
+@torch.no_grad()
+def measure(model, x, y, recall):
+    """Losses and accuracy on the targets that can be recalled, the loss on the rest, and what routed blocks take."""
+    digit, result = x >= model.config.vocab_size - DIGITS, {}
+    for routing in ("topk", "causal"):
+        logits, taken = [], []
+        for part in x.split(64):
+            logits.append(model(part, routing=routing)[0])
+            taken.append([block.taken for block in model.routed_blocks])
+        logits, taken = torch.cat(logits), [torch.cat(block) for block in zip(*taken)]
+        losses = F.cross_entropy(logits.transpose(1, 2), y, reduction="none").double()
+        right = logits.argmax(-1) == y
+        figures = {"val_loss": losses, "recall_loss": losses[recall], "rest_loss": losses[~recall]}
+        figures = {name: value.mean().item() for name, value in figures.items()}
+        figures["recalled"] = right[recall].double().mean().item()
+        figures["taken"] = [block.double().mean().item() for block in taken]
+        figures["digits_taken"] = [block[digit].double().mean().item() for block in taken]
+        result |= {f"{name}_{routing}": value for name, value in figures.items()}
+    return result
+
+
+def chosen(name, T, done):
+    """The model's run at its best learning rate so far, and the runs that are still needed to choose and report it."""
+    run, missing = runner.search(Run(name, T), done, chosen_by=runner.SEEDS[:2])
+    return run, missing or runner.seeds(run, done, runner.FRESH)
+
+
+def wanted(T, done):
+    return [run for name in MODELS for run in chosen(name, T, done)[1]]
+
+
+def finished(T, done):
+    """{model: its lines of the fresh seeds} of the models that have them all."""
+    runs = {name: run for name in MODELS for run, missing in [chosen(name, T, done)] if not missing}
+    return {name: [done[replace(run, seed=seed)] for seed in runner.FRESH] for name, run in runs.items()}
+
+
+def interval(values):
+    """Mean ± half of its 95% interval."""
+    half = report.t_95(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.3f} ± {half:.3f}"
+
+
+def table(T, done):
+    rows = []
+    for name, found in finished(T, done).items():
+        run, losses = found[0]["run"], [row["report"] for row in found]
+        cells = [name, f"{found[0]['forward_flops_per_token']:,.0f}", f"{found[0]['steps']:,}", run["learning_rate"]]
+        cells += [interval([one[f"{what}_causal"] for one in losses]) for what in ("recalled", "recall_loss")]
+        cells += [interval([one[f"{what}_causal"] for one in losses]) for what in ("rest_loss", "val_loss")]
+        blocks = zip(*(one["digits_taken_causal"] for one in losses))
+        rows.append([*cells, "; ".join(", ".join(f"{share:.0%}" for share in block) for block in blocks)])
+    columns = ":model | FLOPs/token | steps | rate | recalled | loss there | loss on the rest | loss | digits taken"
+    return report.markdown(columns, rows)
+
+
+@report.style
+def draw(done, path, T=256):
+    """Recall over the loss on the rest of the text, a mark for each seed; what two routed blocks take of a text."""
+    models = finished(T, done)
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    above, *strips = figure.subplots(3, 1, height_ratios=(5, 1, 1))
+    for i, (name, found) in enumerate(models.items()):
+        x, y = ([row["report"][f"{what}_causal"] for row in found] for what in ("rest_loss", "recalled"))
+        above.plot(x, y, "os^vDP*Xph<"[i], color=f"C{i % 10}", alpha=0.7, linestyle="", label=name)
+    above.set(xlabel="loss on the rest of the text (nats per character)", ylabel="share of the digits recalled")
+    above.set(ylim=(-0.03, 1.03), title=f"{T} characters, equal training FLOPs; a mark for each seed")
+    above.legend(fontsize=8)
+    for axes, name in zip(strips, ("MoD, 1 + 1", "MoD told the digits, 1 + 1")):
+        axes.axis("off")
+        axes.set_title(f"{name}: the characters that the routed block takes", fontsize=9)
+        for row in models.get(name, [])[:1]:
+            for place, (letter, pick) in enumerate(zip(row["text"], row["picks"])):
+                box = dict(boxstyle="square,pad=0.1", color=report.LOOKS["MoD"]["color"], alpha=0.4)
+                where = place % 128 / 128, 0.75 - 0.5 * (place // 128)
+                letter = {"\n": "↵", "$": r"\$"}.get(letter, letter)
+                axes.text(*where, letter, family="monospace", fontsize=7, bbox=box if pick == "1" else None)
+    report.save(figure, path)
+
+
+def main(argv=None):
+    sets = {str(T): functools.partial(wanted, T) for T in (256, 512)}
+    args = runner.arguments(__doc__.split("\n\n")[0].strip(), sets, "out-recall").parse_args(argv)
+    with errors_in_one_line("recall.py", "try fewer --jobs"):
+        if args.set != "draw":
+            runner.run_all(sets[args.set], Run, execute, args.results, args.jobs)
+        done = runner.read(args.results, Run)
+        tables = {T: table(int(T), done) for T in sets}
+        if tables["256"]:
+            draw(done, args.results / "recall.png")
+        shown = [f"{T} characters\n\n{text}" for T, text in tables.items() if text]
+        print("\n\n".join(shown) or f"No model in {args.results} has all its runs yet")
+
+
+if __name__ == "__main__":
+    main()
