@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import isoflop, known_depth, readme, report, routing, runner
+from experiments import isoflop, known_depth, readme, recall, report, routing, runner
 from helpers import ROOT
 from mod import GPT, GPTConfig
 from mode import forward_flops
@@ -389,6 +389,83 @@ def test_the_known_tasks_measurements_see_a_model_that_knows_it_all():
     assert known_depth.share_of_numbers(found) == 1
     assert found["taken_around_causal"][7:17] == [0.0, *[1.0] * 8, 0.0]
     assert found["val_loss_causal"] < 1e-6
+
+
+# Recall
+
+
+@pytest.mark.parametrize("T, codes", [(256, 4), (512, 8)])
+def test_exactly_the_digits_that_were_there_before_can_be_recalled(T, codes):
+    tokens, letters = np.arange(5000) % 84, 84
+    x, y, recall_mask = recall.texts((1, 2), 30, T, tokens, letters)
+    for text, targets, mask in zip(x.tolist(), y.tolist(), recall_mask.tolist()):
+        assert text[1:] == targets[:-1]
+        follower = {}
+        for t, (token, target) in enumerate(zip(text, targets)):
+            assert mask[t] == (target in follower.values() and follower.get(token) == target)
+            if min(token, target) >= letters:
+                follower.setdefault(token, target)
+        digits = [token for token in (*text, targets[-1]) if token >= letters]
+        assert len(digits) == 8 * codes and digits == digits[:8] * codes and len(set(digits)) == 8
+        rest = [token for token in (*text, targets[-1]) if token < letters]
+        assert all((b - a) % 84 == 1 for a, b in zip(rest, rest[1:]))  # ordinary text, in order
+    assert 0.08 < recall_mask.double().mean() < 0.1 and abs((x >= letters).double().mean() - 0.125) < 0.002
+    assert torch.equal(x, recall.texts((1, 2), 30, T, tokens, letters)[0])
+    assert not torch.equal(x, recall.texts((1, 3), 30, T, tokens, letters)[0])
+
+
+def test_a_told_block_takes_exactly_the_digits():
+    model = recall.model_of("MoD told the digits, 1 + 1", 256, 84)
+    x, _, _ = recall.texts(1, 5, 256, np.arange(5000) % 84, 84)
+    for routing in ("topk", "causal"):
+        model(x, routing=routing)
+        (block,) = model.routed_blocks
+        digits = x >= 84  # 31 in the input where the last digit is only a target
+        assert torch.equal(block.taken & digits, digits)
+        assert routing == "topk" or torch.equal(block.taken, digits)
+
+
+def test_recalls_measurements_see_a_model_that_knows_it_all():
+    x, y, mask = recall.texts(1, 100, 256, np.arange(5000) % 84, 84)
+
+    class Knows(GPT):
+        seen = 0
+
+        def forward(self, idx, targets=None, routing="topk"):
+            super().forward(idx, targets, routing)
+            for block in self.routed_blocks:
+                block.taken = idx >= 84
+            start = self.seen % len(x)
+            Knows.seen += len(idx)
+            assert torch.equal(idx, x[start : start + len(idx)])
+            known = mask[start : start + len(idx), :, None]
+            return torch.nn.functional.one_hot(y[start : start + len(idx)], 94) * 100.0 * known, None
+
+    model = Knows(GPTConfig(block_size=256, vocab_size=94, n_layer=2, n_head=2, n_embd=16))
+    found = recall.measure(model, x, y, mask)
+    assert found["recalled_causal"] == found["recalled_topk"] == 1 and found["digits_taken_causal"] == [1]
+    assert found["recall_loss_causal"] < 1e-6 and math.isclose(found["rest_loss_causal"], math.log(94), rel_tol=1e-6)
+    share = mask.double().mean().item()
+    assert math.isclose(found["val_loss_topk"], (1 - share) * found["rest_loss_topk"], rel_tol=1e-5)
+
+
+def test_the_table_and_picture_of_recall_are_by_the_fresh_seeds_at_the_best_rate(tmp_path):
+    done = {}
+    while (todo := [run for run in recall.wanted(256, done) if "1 + 1" in run.model and "MoD, " in run.model]):
+        for run in todo:
+            loss = 5 + abs(math.log(run.learning_rate / 2e-3)) / 10 + run.seed / 100
+            half = {f"{name}_causal": loss for name in ("val_loss", "recall_loss", "rest_loss", "recalled")}
+            row = {"run": run.__dict__, "choose": half, "report": half | {"digits_taken_causal": [0.25]}}
+            done[run] = row | {"steps": 5, "forward_flops_per_token": 7, "text": "a$\n1" * 64, "picks": "0101" * 64}
+    assert {run.seed for run in done} == {1, 2, *runner.FRESH}
+    text = recall.table(256, done)
+    assert text.count("| 0.002 | 5.075 ± 0.020 |") == 2  # MoD and the expert threshold; seeds 5 to 10
+    recall.draw(done, tmp_path / "recall.png")
+    assert (tmp_path / "recall.png").stat().st_size > 10_000
+    assert recall.table(512, done) == ""
+
+
+# Learn
 
 
 def test_learn_looks_at_the_model_without_changing_what_it_learns():
