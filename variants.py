@@ -27,7 +27,7 @@ class NoGate(RoutedBlock):
 
 
 class SigmoidGate(RoutedBlock):
-    """Squashes the gate to (0, 1), as many re-implementations do. The ranking stays the same."""
+    """Squashes the gate to (0, 1). The ranking stays the same."""
 
     def gate(self, r):
         return r.sigmoid()

@@ -105,7 +105,7 @@ EXPERTS = {  # in every other block, the ones that MoD would route
 }
 
 
-def compared(budget, sizes, done):
+def at_one_budget(budget, sizes, done):
     """
     The runs that are still needed to compare dense and MoD at one budget.
 
@@ -150,7 +150,7 @@ def at_budgets(sizes, done):
     """The comparison at each budget, the cheap ones first, so a set that is stopped has complete budgets."""
     todo = []
     for budget in sizes:
-        missing = compared(budget, sizes[budget], done)
+        missing = at_one_budget(budget, sizes[budget], done)
         if budget == ABLATED and not missing:
             base = report.best_of(report.plain(report.models_of(done), budget, "MoD")).run
             missing = tuned(changed(base), done)

@@ -219,7 +219,7 @@ def test_a_comparison_gives_seeds_to_the_three_best_of_each_kind_and_fresh_ones_
         return quality.setdefault(size, rng.random()) + abs(math.log(run.learning_rate / 0.01)) + 0.001 * run.seed
 
     sizes = isoflop.SIZES[3e12]
-    done = finish(lambda done: isoflop.compared(3e12, sizes, done), loss)
+    done = finish(lambda done: isoflop.at_one_budget(3e12, sizes, done), loss)
     for route_every in (0, 2):
         of_kind = [run for run in done if run.route_every == route_every]
         assert {(run.n_layer // (2 if route_every else 1), run.n_embd) for run in of_kind} == set(sizes)
@@ -238,7 +238,7 @@ def test_fresh_seeds_go_to_the_best_of_each_kind_and_to_the_cheaper_model_of_the
     def loss(run):  # the larger the better
         return abs(math.log(run.learning_rate / 0.005)) - run.n_embd / 1000
 
-    done = finish(lambda done: isoflop.compared(3e12, ((1, 32), (1, 64), (1, 96)), done), loss)
+    done = finish(lambda done: isoflop.at_one_budget(3e12, ((1, 32), (1, 64), (1, 96)), done), loss)
     fresh = {(run.n_layer, run.n_embd) for run in done if run.seed in runner.FRESH}
     assert fresh == {(1, 96), (2, 96), (2, 64)}  # 2 x 64: 0.89 of the size of 1 x 96, 0.44 of its FLOPs
 
@@ -248,7 +248,7 @@ def test_a_lucky_first_seed_does_not_choose_the_model_that_gets_fresh_seeds():
         lucky = run.route_every and run.n_embd == 96 and run.seed == 1
         return run.n_embd / 1000 + abs(math.log(run.learning_rate / 0.005)) - 0.1 * lucky
 
-    done = finish(lambda done: isoflop.compared(3e12, ((1, 64), (1, 96)), done), loss)
+    done = finish(lambda done: isoflop.at_one_budget(3e12, ((1, 64), (1, 96)), done), loss)
     fresh = {(run.n_layer, run.n_embd) for run in done if run.seed in runner.FRESH}
     assert fresh == {(1, 64), (2, 64)} and {run.seed for run in done} == {*runner.SEEDS, *runner.FRESH}
 
