@@ -40,6 +40,7 @@ DATASET = "shakespeare_works"
 DIGITS, LENGTH, EVERY = 10, 8, 64  # a code has LENGTH of the DIGITS, and there is one for each EVERY characters
 TOKENS_PER_STEP, MEASURED = 1024, 512  # MEASURED: windows
 BUDGET = 4e12  # training FLOPs
+CHOOSING = runner.SEEDS[:2]  # the seeds that choose learning rates
 
 MODELS = {  # 32 wide; "1 + 1" is an ordinary and a routed block
     "dense, 2 layers": {"n_layer": 2, "route_every": 0},
@@ -160,24 +161,25 @@ def measure(model, x, y, recall):
     return result
 
 
-def chosen(name, T, done):
-    """The model's run at its best learning rate so far, and the runs that are still needed to choose and report it."""
-    run, missing = runner.search(Run(name, T), done, chosen_by=runner.SEEDS[:2])
-    return run, missing or runner.seeds(run, done, runner.FRESH)
-
-
 def wanted(T, done):
-    return [run for name in MODELS for run in chosen(name, T, done)[1]]
+    """First the runs that choose the learning rates of all models, then the fresh seeds."""
+    found = [runner.search(Run(name, T), done, chosen_by=CHOOSING) for name in MODELS]
+    fresh = [again for run, missing in found if not missing for again in runner.seeds(run, done, runner.FRESH)]
+    return [run for _, missing in found for run in missing] + fresh
 
 
 def finished(T, done):
-    """{model: its lines of the fresh seeds} of the models that have them all."""
-    runs = {name: run for name in MODELS for run, missing in [chosen(name, T, done)] if not missing}
-    return {name: [done[replace(run, seed=seed)] for seed in runner.FRESH] for name, run in runs.items()}
+    """{model: its lines at its learning rate}: of the fresh seeds, or until they are there of those that chose it."""
+    found = {name: runner.search(Run(name, T), done, chosen_by=CHOOSING) for name in MODELS}
+    found = {name: run for name, (run, missing) in found.items() if not missing}
+    seeds = {name: CHOOSING if runner.seeds(run, done, runner.FRESH) else runner.FRESH for name, run in found.items()}
+    return {name: [done[replace(run, seed=seed)] for seed in seeds[name]] for name, run in found.items()}
 
 
 def interval(values):
-    """Mean ± half of its 95% interval."""
+    """Mean ± half of its 95% interval; of two values both, because two say little about their spread."""
+    if len(values) == 2:
+        return ", ".join(f"{value:.3f}" for value in values)
     half = report.t_95(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.mean(values):.3f} ± {half:.3f}"
 
@@ -187,11 +189,14 @@ def table(T, done):
     for name, found in finished(T, done).items():
         run, losses = found[0]["run"], [row["report"] for row in found]
         cells = [name, f"{found[0]['forward_flops_per_token']:,.0f}", f"{found[0]['steps']:,}", run["learning_rate"]]
+        cells += [f"{len(found)} fresh" if len(found) > len(CHOOSING) else "1, 2 (chose the rate)"]
         cells += [interval([one[f"{what}_causal"] for one in losses]) for what in ("recalled", "recall_loss")]
         cells += [interval([one[f"{what}_causal"] for one in losses]) for what in ("rest_loss", "val_loss")]
         blocks = zip(*(one["digits_taken_causal"] for one in losses))
         rows.append([*cells, "; ".join(", ".join(f"{share:.0%}" for share in block) for block in blocks)])
-    columns = ":model | FLOPs/token | steps | rate | recalled | loss there | loss on the rest | loss | digits taken"
+    columns = (
+        ":model | FLOPs/token | steps | rate | seeds | recalled | loss there | loss on the rest | loss | digits taken"
+    )
     return report.markdown(columns, rows)
 
 
