@@ -317,12 +317,13 @@ def causal_table(models):
         found = [row[half] for row in model.rows for half in model.halves]
         shares = [[one[key] for one in found] for key in ("predictor_accuracy", "predictor_recall")]
         taken = [share for one in found for share in one["taken"]]
-        shares = [f"{statistics.mean(of):.1%}" for of in (*shares, taken)] + [f"{min(taken):.1%} to {max(taken):.1%}"]
+        shares = [f"{statistics.mean(of):.1%}" for of in (*shares, taken)]
+        shares[-1] += f" ({min(taken):.1%} to {max(taken):.1%})"
         against = "" if name == "predictor" else compared(model, ways["predictor"])
         costs = f"{model['forward_flops_per_token']:,.0f}", spread(model.losses(), "{:.4f}")
         rows.append([name, *costs, spread(model.losses("topk"), "{:.4f}"), against, *shares])
     columns = ":decides | FLOPs/token | causal | top-k | against the predictor"
-    return markdown(f"{columns} | agrees with top-k | of top-k's, taken | taken | range", rows)
+    return markdown(f"{columns} | agrees with top-k | finds of top-k's | takes", rows)
 
 
 def expert_table(models):
