@@ -14,7 +14,7 @@ from matplotlib import rc_context, ticker
 from matplotlib.figure import Figure  # not pyplot, which would change a notebook's settings
 from scipy import stats
 
-from experiments.runner import FRESH, SEEDS, loss_for_choice
+from experiments.runner import FRESH, SEEDS
 from plot import spread
 from support.files import write_whole
 
@@ -61,27 +61,24 @@ class Model:
 
 def models_of(done):
     """Each model at its chosen learning rate, without models of which a seed diverged."""
-    best = {}
-    for run in done:
-        key = replace(run, learning_rate=0)
-        if run.seed == SEEDS[0] and rank(run, done) < rank(best.get(key), done):
-            best[key] = run
-    models = []
-    for run in best.values():
-        runs = [[replace(run, seed=seed) for seed in group] for group in (SEEDS, FRESH)]
-        first, fresh = ([done[again] for again in group if again in done] for group in runs)
-        if all(row["report"] for row in first + fresh):
-            choosing = first if len(first) == len(SEEDS) else first[:1]
-            choice = statistics.mean(row["choose"]["val_loss_causal"] for row in choosing)
-            models.append(Model(run, choice, first[1:] or first, fresh if len(fresh) == len(FRESH) else []))
+    found, models = {}, []  # found: {model: {learning rate: {seed: line}}}
+    for run, row in done.items():
+        rates = found.setdefault(replace(run, learning_rate=0, seed=SEEDS[0]), {})
+        rates.setdefault(run.learning_rate, {})[run.seed] = row
+    for run, rates in found.items():
+        # The chosen rate has the most seeds. Until they are there, the best rate so far.
+        rate, rows = min(rates.items(), key=lambda rate: (-len(rate[1]), choice_loss(rate[1].values())))
+        first, fresh = ([rows[seed] for seed in group if seed in rows] for group in (SEEDS, FRESH))
+        if first and all(row["report"] for row in rows.values()):
+            choice = choice_loss(first if len(first) == len(SEEDS) else first[:1])
+            fresh = fresh if len(fresh) == len(FRESH) else []
+            models.append(Model(replace(run, learning_rate=rate), choice, first[1:] or first, fresh))
     return models
 
 
-def rank(run, done):
-    """Sorts the learning rates of a model: the chosen one has the most seeds, otherwise the lowest loss comes first."""
-    found = [again for seed in SEEDS + FRESH if run and (again := replace(run, seed=seed)) in done]
-    losses = [loss_for_choice(again, done) for again in found if again.seed in SEEDS]
-    return -len(found), statistics.mean(losses) if losses else math.inf
+def choice_loss(rows):
+    """The mean loss on the data for choosing; infinite if a run diverged."""
+    return statistics.mean(row["choose"]["val_loss_causal"] if row["choose"] else math.inf for row in rows)
 
 
 def final(roles):
