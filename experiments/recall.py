@@ -1,17 +1,17 @@
 """
 Ordinary text with sparse recall: does a routed block pay where some tokens need a second layer?
 
-    python -m experiments.recall 256    # or 512: characters in a window
+    python -m experiments.recall 64    # or 256 or 512: characters in a window
 
-Each window is Shakespeare with a code of eight different digits, new for each window, at random places: four in a
-window of 256 characters, eight in one of 512.
+Each window is Shakespeare with a code of eight different digits, new for each window, at random places: twice in a
+window of 64 characters, four times in 256, eight times in 512.
 
     ... My noble 70324916gentlemen of Rome, 70324916what news ...
 
-From its second place on, all digits of a code but the first can be recalled: 8 to 10% of all characters. That takes
+From its second place on, all digits of a code but the first can be recalled: 8 to 11% of all characters. That takes
 two steps of attention: each digit notes the one before it, then a digit finds its earlier place and what followed it
-there. One layer cannot do both. An ordinary and a routed block can, if the router sends the digits together: they are
-one character in eight, as many as a routed block takes.
+there. Two layers can learn that. An ordinary and a routed block could, if the router sends the digits together. The
+routed block takes as many characters as there are digits.
 
 All models train with the same FLOPs. Two seeds choose each learning rate on the first half of the validation split,
 then six fresh seeds report on the second half. Ctrl-C finishes the runs under way, which takes some minutes.
@@ -37,19 +37,23 @@ from support.data import load_dataset
 from support.options import errors_in_one_line
 
 DATASET = "shakespeare_works"
-DIGITS, LENGTH, EVERY = 10, 8, 64  # a code has LENGTH of the DIGITS, and there is one for each EVERY characters
+DIGITS, LENGTH = 10, 8  # a code has LENGTH of the DIGITS
+TASKS = {  # characters in a window: times that it holds the code, width of the models, training FLOPs
+    64: (2, 64, 3e12),
+    256: (4, 32, 4e12),
+    512: (8, 32, 4e12),
+}
 TOKENS_PER_STEP, MEASURED = 1024, 512  # MEASURED: windows
-BUDGET = 4e12  # training FLOPs
 CHOOSING = runner.SEEDS[:2]  # the seeds that choose learning rates
 
-MODELS = {  # 32 wide; "1 + 1" is an ordinary and a routed block
+MODELS = {  # "1 + 1" is an ordinary and a routed block
     "dense, 2 layers": {"n_layer": 2, "route_every": 0},
     "dense, 1 layer": {"n_layer": 1, "route_every": 0},
     "MoD, 1 + 1": {"n_layer": 2},
     "MoD told the digits, 1 + 1": {"n_layer": 2, "told": True},
+    "MoD with exploring noise, 1 + 1": {"n_layer": 2, "variant": "exploring_noise"},
     "stochastic routing, 1 + 1": {"n_layer": 2, "variant": "stochastic"},
     "position-only routing, 1 + 1": {"n_layer": 2, "variant": "position"},
-    "MoD with exploring noise, 1 + 1": {"n_layer": 2, "variant": "exploring_noise"},
     "dense, 4 layers": {"n_layer": 4, "route_every": 0},
     "MoD, 2 + 2": {"n_layer": 4},
     "MoD decided by the router, 1 + 1": {"n_layer": 2, "causal_method": "router"},
@@ -60,10 +64,10 @@ MODELS = {  # 32 wide; "1 + 1" is an ordinary and a routed block
 @dataclass(frozen=True)
 class Run:
     model: str  # a name in MODELS
-    block_size: int = 256
+    block_size: int
+    budget: float
     learning_rate: float = 4e-3  # where the search begins
     seed: int = runner.SEEDS[0]
-    budget: float = BUDGET
 
     @property
     def name(self):
@@ -73,7 +77,8 @@ class Run:
 def texts(seed, n, T, tokens, vocab_size):
     """n windows of `tokens` with codes, their targets, and which targets can be recalled; each (n, T)."""
     rng = np.random.default_rng(seed)
-    codes, plain = T // EVERY, T + 1 - T // EVERY * LENGTH
+    codes = TASKS[T][0]
+    plain = T + 1 - codes * LENGTH
     window, recall = np.empty((n, T + 1), dtype=np.int64), np.zeros((n, T + 1), dtype=bool)
     for row in range(n):
         begin = np.sort(rng.integers(plain + 1, size=codes)) + LENGTH * np.arange(codes)
@@ -115,8 +120,9 @@ class Told(GPT):
 def model_of(name, T, vocab_size):
     options = dict(MODELS[name])
     kind = Told if options.pop("told", False) else GPT
-    shape = {"n_head": 2, "n_embd": 32, "block_size": T, "vocab_size": vocab_size + DIGITS, "bias": False}
-    return kind(GPTConfig(**shape, **options))
+    codes, width, _ = TASKS[T]
+    shape = {"n_head": 2, "n_embd": width, "block_size": T, "vocab_size": vocab_size + DIGITS, "bias": False}
+    return kind(GPTConfig(**shape, capacity=codes * LENGTH / T, **options))
 
 
 def execute(run, folder):
@@ -161,16 +167,20 @@ def measure(model, x, y, recall):
     return result
 
 
+def searched(name, T, done):
+    return runner.search(Run(name, T, TASKS[T][2]), done, chosen_by=CHOOSING)
+
+
 def wanted(T, done):
     """First the runs that choose the learning rates of all models, then the fresh seeds."""
-    found = [runner.search(Run(name, T), done, chosen_by=CHOOSING) for name in MODELS]
+    found = [searched(name, T, done) for name in MODELS]
     fresh = [again for run, missing in found if not missing for again in runner.seeds(run, done, runner.FRESH)]
     return [run for _, missing in found for run in missing] + fresh
 
 
 def finished(T, done):
     """{model: its lines at its learning rate}: of the fresh seeds, or until they are there of those that chose it."""
-    found = {name: runner.search(Run(name, T), done, chosen_by=CHOOSING) for name in MODELS}
+    found = {name: searched(name, T, done) for name in MODELS}
     found = {name: run for name, (run, missing) in found.items() if not missing}
     seeds = {name: CHOOSING if runner.seeds(run, done, runner.FRESH) else runner.FRESH for name, run in found.items()}
     return {name: [done[replace(run, seed=seed)] for seed in seeds[name]] for name, run in found.items()}
@@ -201,7 +211,7 @@ def table(T, done):
 
 
 @report.style
-def draw(done, path, T=256):
+def draw(done, path, T=64):
     """Recall over the loss on the rest of the text, a mark for each seed; what two routed blocks take of a text."""
     models = finished(T, done)
     figure = Figure(figsize=(9, 6.5), layout="constrained")
@@ -218,21 +228,21 @@ def draw(done, path, T=256):
         for row in models.get(name, [])[:1]:
             for place, (letter, pick) in enumerate(zip(row["text"], row["picks"])):
                 box = dict(boxstyle="square,pad=0.1", color=report.LOOKS["MoD"]["color"], alpha=0.4)
-                where = place % 128 / 128, 0.75 - 0.5 * (place // 128)
+                where = place / T, 0.5
                 letter = {"\n": "↵", "$": r"\$"}.get(letter, letter)
-                axes.text(*where, letter, family="monospace", fontsize=7, bbox=box if pick == "1" else None)
+                axes.text(*where, letter, family="monospace", fontsize=10, bbox=box if pick == "1" else None)
     report.save(figure, path)
 
 
 def main(argv=None):
-    sets = {str(T): functools.partial(wanted, T) for T in (256, 512)}
+    sets = {str(T): functools.partial(wanted, T) for T in TASKS}
     args = runner.arguments(__doc__.split("\n\n")[0].strip(), sets, "out-recall").parse_args(argv)
     with errors_in_one_line("recall.py", "try fewer --jobs"):
         if args.set != "draw":
             runner.run_all(sets[args.set], Run, execute, args.results, args.jobs)
         done = runner.read(args.results, Run)
         tables = {T: table(int(T), done) for T in sets}
-        if tables["256"]:
+        if tables["64"]:
             draw(done, args.results / "recall.png")
         shown = [f"{T} characters\n\n{text}" for T, text in tables.items() if text]
         print("\n\n".join(shown) or f"No model in {args.results} has all its runs yet")

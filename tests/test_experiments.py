@@ -394,7 +394,7 @@ def test_the_known_tasks_measurements_see_a_model_that_knows_it_all():
 # Recall
 
 
-@pytest.mark.parametrize("T, codes", [(256, 4), (512, 8)])
+@pytest.mark.parametrize("T, codes", [(64, 2), (256, 4), (512, 8)])
 def test_exactly_the_digits_that_were_there_before_can_be_recalled(T, codes):
     tokens, letters = np.arange(5000) % 84, 84
     x, y, recall_mask = recall.texts((1, 2), 30, T, tokens, letters)
@@ -409,7 +409,8 @@ def test_exactly_the_digits_that_were_there_before_can_be_recalled(T, codes):
         assert len(digits) == 8 * codes and digits == digits[:8] * codes and len(set(digits)) == 8
         rest = [token for token in (*text, targets[-1]) if token < letters]
         assert all((b - a) % 84 == 1 for a, b in zip(rest, rest[1:]))  # ordinary text, in order
-    assert 0.08 < recall_mask.double().mean() < 0.1 and abs((x >= letters).double().mean() - 0.125) < 0.002
+    assert 0.08 < recall_mask.double().mean() < 0.11
+    assert abs((x >= letters).double().mean() - (0.25 if T == 64 else 0.125)) < 0.003
     assert torch.equal(x, recall.texts((1, 2), 30, T, tokens, letters)[0])
     assert not torch.equal(x, recall.texts((1, 3), 30, T, tokens, letters)[0])
 
@@ -451,8 +452,8 @@ def test_recalls_measurements_see_a_model_that_knows_it_all():
 
 def test_the_table_and_picture_of_recall_are_by_the_fresh_seeds_at_the_best_rate(tmp_path):
     done, tables = {}, []
-    while todo := [run for run in recall.wanted(256, done) if "MoD" in run.model and "1 + 1" in run.model]:
-        tables.append(recall.table(256, done))
+    while todo := [run for run in recall.wanted(64, done) if "MoD" in run.model and "1 + 1" in run.model]:
+        tables.append(recall.table(64, done))
         for run in todo[:3]:
             loss = 5 + abs(math.log(run.learning_rate / 2e-3)) / 10 + run.seed / 100
             half = {f"{name}_causal": loss for name in ("val_loss", "recall_loss", "rest_loss", "recalled")}
@@ -462,7 +463,7 @@ def test_the_table_and_picture_of_recall_are_by_the_fresh_seeds_at_the_best_rate
     models = [name for name in recall.MODELS if "MoD" in name and "1 + 1" in name]
     assert tables[0] == "" and recall.table(512, done) == ""
     assert max(text.count("| 0.002 | 1, 2 (chose the rate) | 5.010, 5.020 |") for text in tables) == len(models)
-    assert recall.table(256, done).count("| 0.002 | 6 fresh | 5.075 ± 0.020 |") == len(models)  # seeds 5 to 10
+    assert recall.table(64, done).count("| 0.002 | 6 fresh | 5.075 ± 0.020 |") == len(models)  # seeds 5 to 10
     recall.draw(done, tmp_path / "recall.png")
     assert (tmp_path / "recall.png").stat().st_size > 10_000
 
