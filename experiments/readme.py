@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 import plot
-from experiments import isoflop, known_depth, report, routing, runner
+from experiments import isoflop, known_depth, recall, report, routing, runner
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -21,25 +21,27 @@ FILES = (ROOT / "README.md", ROOT / "docs" / "speed.md", RESULTS / "README.md")
 
 
 def measured():
-    """What results/ holds: of isoflop.py, routing.py, known_depth.py and bench.py, the set `long`, the presets."""
+    """What results/ holds: of isoflop.py, routing.py, known_depth.py, recall.py, bench.py, the set `long`, presets."""
     timed = [json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / "bench").glob("*.json")]
     return (
         report.models_of(runner.read(RESULTS / "isoflop", isoflop.Run)),
         routing.ordered(runner.read(RESULTS / "routing", isoflop.Run)),
         known_depth.ordered(runner.read(RESULTS / "known_depth", known_depth.Run)),
+        runner.read(RESULTS / "recall", recall.Run),
         sorted(timed, key=lambda f: (f["n_layer"], f.get("n_expert", 0), f.get("train_flop_ratio", 0))),
         runner.read(RESULTS / "long", isoflop.Run),
         plot.group_by_setting([plot.read_run(path) for path in sorted((RESULTS / "shakespeare_cpu").glob("*-*"))]),
     )
 
 
-def blocks(models, learned, known, timed, long, presets):
+def blocks(models, learned, known, recalled, timed, long, presets):
     """The generated parts, {NAME: text}."""
     claims, verdicts = report.claims(models, learned, timed)
     return {
         **report.tables(models),
         **routing.tables(learned),
         "known depth": known_depth.table(known),
+        "recall": recall.table(64, recalled),
         "claims": claims,
         "verdicts": verdicts,
         "training speed": training_speed(timed),
@@ -92,10 +94,11 @@ def filled(text, parts):
 
 
 def main():
-    measurements = models, learned, known, timed, _, presets = measured()
+    measurements = models, learned, known, recalled, _, _, presets = measured()
     report.draw(models, RESULTS / "isoflop")
     routing.draw(learned, RESULTS / "routing" / "routing.png")
     known_depth.draw(known, RESULTS / "known_depth" / "known_depth.png")
+    recall.draw(recalled, RESULTS / "recall" / "recall.png")
     plot.draw(presets, "flops", RESULTS / "shakespeare_cpu" / "losses.png")
     parts = blocks(*measurements)
     for path in FILES:

@@ -423,7 +423,7 @@ MOVED = {
     "support/gpt2.py": "support.gpt2",
     **{
         f"experiments/{name}.py": f"experiments.{name}"
-        for name in ("isoflop", "bench", "routing", "known_depth", "readme")
+        for name in ("isoflop", "bench", "routing", "known_depth", "recall", "readme")
     },
     **{
         f"data/{name}/prepare.py": f"data.{name}.prepare"

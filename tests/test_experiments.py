@@ -458,7 +458,7 @@ def test_the_table_and_picture_of_recall_are_by_the_fresh_seeds_at_the_best_rate
             loss = 5 + abs(math.log(run.learning_rate / 2e-3)) / 10 + run.seed / 100
             half = {f"{name}_causal": loss for name in ("val_loss", "recall_loss", "rest_loss", "recalled")}
             row = {"run": run.__dict__, "choose": half, "report": half | {"digits_taken_causal": [0.25]}}
-            done[run] = row | {"steps": 5, "forward_flops_per_token": 7, "text": "a$\n1" * 64, "picks": "0101" * 64}
+            done[run] = row | {"steps": 5, "forward_flops_per_token": 7, "text": "a$\n1" * 16, "picks": "0101" * 16}
     assert {run.seed for run in done} == {1, 2, *runner.FRESH}
     models = [name for name in recall.MODELS if "MoD" in name and "1 + 1" in name]
     assert tables[0] == "" and recall.table(512, done) == ""
@@ -921,7 +921,7 @@ def test_the_readmes_say_what_the_results_say():
     assert used == len(parts)
 
 
-@pytest.mark.parametrize("name", ["isoflop", "routing", "known_depth"])
+@pytest.mark.parametrize("name", ["isoflop", "routing", "known_depth", "recall"])
 def test_the_pictures_are_of_the_runs_beside_them(name):
     folder = ROOT / "results" / name
     pictures = list(folder.glob("*.png"))
