@@ -138,7 +138,7 @@ def execute(run, folder):
     for name, half in zip(("choose", "report"), np.split(data["val"], [len(data["val"]) // 2])):
         windows = texts(0, MEASURED, T, half, size)
         row[name] = None if diverged else measure(model, *windows)
-    if row["report"] and model.routed_blocks:  # what the first block takes of the last window, for the picture
+    if row["report"] and model.routed_blocks:  # what the first one takes of the second half's first window, to draw
         model(windows[0][:1], routing="causal")
         row["picks"] = "".join(str(int(taken)) for taken in model.routed_blocks[0].taken[0])
         letters = [*meta["vocab"], *"0123456789"]
@@ -168,6 +168,7 @@ def measure(model, x, y, recall):
 
 
 def searched(name, T, done):
+    """The model's run at its best learning rate so far, and the runs that are still needed to choose it."""
     return runner.search(Run(name, T, TASKS[T][2]), done, chosen_by=CHOOSING)
 
 
@@ -179,11 +180,15 @@ def wanted(T, done):
 
 
 def finished(T, done):
-    """{model: its lines at its learning rate}: of the fresh seeds, or until they are there of those that chose it."""
+    """
+    {model: its lines at its learning rate}: of the fresh seeds, or until they are there of those that chose the rate.
+    A model of which one diverged is left out.
+    """
     found = {name: searched(name, T, done) for name in MODELS}
     found = {name: run for name, (run, missing) in found.items() if not missing}
     seeds = {name: CHOOSING if runner.seeds(run, done, runner.FRESH) else runner.FRESH for name, run in found.items()}
-    return {name: [done[replace(run, seed=seed)] for seed in seeds[name]] for name, run in found.items()}
+    rows = {name: [done[replace(run, seed=seed)] for seed in seeds[name]] for name, run in found.items()}
+    return {name: of_seeds for name, of_seeds in rows.items() if all(row["report"] for row in of_seeds)}
 
 
 def interval(values):
