@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from experiments import report, runner
-from experiments.runner import FRESH, SEEDS, loss_for_choice, search, seeds, tuned
+from experiments.runner import FRESH, SEEDS, mean_loss, search, seeds, tuned
 from mode import forward_flops
 from support import checkpoint
 from support.data import load_dataset
@@ -123,7 +123,7 @@ def at_one_budget(budget, sizes, done):
             runs.append(run)
     if todo:
         return todo
-    dense, mod = (sorted(runs, key=lambda run: loss_for_choice(run, done)) for runs in kinds.values())
+    dense, mod = (sorted(runs, key=lambda run: mean_loss(run, done, chosen_by)) for runs in kinds.values())
     rivals = [run for run in dense[3:] if (run.n_layer, run.n_embd) == (mod[0].n_layer // 2, mod[0].n_embd)]
     todo = [again for run in dense[:3] + mod[:3] + rivals for again in seeds(run, done)]
     if todo:

@@ -14,7 +14,7 @@ from matplotlib import rc_context, ticker
 from matplotlib.figure import Figure  # not pyplot, which would change a notebook's settings
 from scipy import stats
 
-from experiments.runner import FRESH, SEEDS
+from experiments.runner import CLIFF, FACTOR, FRESH, SEEDS
 from plot import spread
 from support.files import write_whole
 
@@ -66,8 +66,13 @@ def models_of(done):
         rates = found.setdefault(replace(run, learning_rate=0, seed=SEEDS[0]), {})
         rates.setdefault(run.learning_rate, {})[run.seed] = row
     for run, rates in found.items():
-        # The chosen rate has the most seeds. Until they are there, the best rate so far.
-        rate, rows = min(rates.items(), key=lambda rate: (-len(rate[1]), choice_loss(rate[1].values())))
+        # The chosen rate has the most seeds. Until they are there, choose as `search` does.
+        most = max(map(len, rates.values()))
+        losses = {rate: choice_loss(rows.values()) for rate, rows in rates.items() if len(rows) == most}
+        rate = min(losses, key=losses.get)
+        if most > 1 and losses.get(FACTOR * rate, 0) > CLIFF * losses[rate]:
+            rate = max(rate / FACTOR, min(losses))
+        rows = rates[rate]
         first, fresh = ([rows[seed] for seed in group if seed in rows] for group in (SEEDS, FRESH))
         if first and all(row["report"] for row in rows.values()):
             choice = choice_loss(first if len(first) == len(SEEDS) else first[:1])
@@ -303,24 +308,23 @@ def causal_table(models):
     """Three ways to decide without look-ahead in the same MoD model, by fresh seeds: loss, and agreement with top-k."""
     if not ablated(models):
         return ""
-    base, others = changes(models, ablated(models))
-    others = {name: model for name, model, _ in others}
-    ways = {"predictor": base, "router, with an auxiliary loss": others.get(change_name("causal_method", "router"))}
-    ways["expert threshold"] = others.get(change_name("variant", "expert_threshold"))
+    run = changes(models, ablated(models))[0].run
+    runs = {"predictor": run, "router, with an auxiliary loss": replace(run, causal_method="router")}
+    runs["expert threshold"] = replace(run, variant="expert_threshold")
+    ways = {name: find(run, models) for name, run in runs.items()}
     if not all(model and model.fresh for model in ways.values()):
         return ""
     ways, rows = final(ways), []
     for name, model in ways.items():
         found = [row[half] for row in model.rows for half in model.halves]
-        shares = [[one[key] for one in found] for key in ("predictor_accuracy", "predictor_recall")]
         taken = [share for one in found for share in one["taken"]]
-        shares = [f"{statistics.mean(of):.1%}" for of in (*shares, taken)]
+        shares = [[one[key] for one in found] for key in ("predictor_accuracy", "predictor_recall")] + [taken]
+        shares = [f"{statistics.mean(of):.1%}" for of in shares]
         shares[-1] += f" ({min(taken):.1%} to {max(taken):.1%})"
+        losses = [spread(model.losses(routing), "{:.4f}") for routing in ("causal", "topk")]
         against = "" if name == "predictor" else compared(model, ways["predictor"])
-        costs = f"{model['forward_flops_per_token']:,.0f}", spread(model.losses(), "{:.4f}")
-        rows.append([name, *costs, spread(model.losses("topk"), "{:.4f}"), against, *shares])
-    columns = ":decides | FLOPs/token | causal | top-k | against the predictor"
-    return markdown(f"{columns} | agrees with top-k | finds of top-k's | takes", rows)
+        rows.append([name, f"{model['forward_flops_per_token']:,.0f}", *losses, against, *shares])
+    return markdown(":decides | FLOPs/token | causal | top-k | against predictor | agreement | recall | taken", rows)
 
 
 def expert_table(models):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from support.options import UserError, expanded
 from support.report import hardware
 
-SEEDS = (1, 2, 3, 4)  # the first one (in the set long, the first two) chooses learning rates
+SEEDS = (1, 2, 3, 4)  # the first one chooses learning rates (in the sets long and gpu and in recall.py, the first two)
 FRESH = (5, 6, 7, 8, 9, 10)  # of the models in the final comparison, trained when all choices are made
 FACTOR = 2  # between two learning rates
 CLIFF = 1.05  # if twice a rate has a loss this many times larger, the rate is too risky
@@ -45,7 +45,7 @@ def search(run, done, chosen_by=SEEDS[:1]):
         return replace(run, learning_rate=run.learning_rate * factor)
 
     def loss(other):
-        return statistics.mean(loss_for_choice(replace(other, seed=seed), done) for seed in chosen_by)
+        return mean_loss(other, done, chosen_by)
 
     while True:  # move by FACTOR while a neighbour is better, so the best rate has a worse one on both sides
         near = [at(1 / FACTOR), run, at(FACTOR)]
@@ -77,6 +77,11 @@ def loss_for_choice(run, done):
     """The causal loss on the data for choosing; infinite if the run diverged or is missing."""
     row = done.get(run)
     return row["choose"]["val_loss_causal"] if row and row["choose"] else math.inf
+
+
+def mean_loss(run, done, chosen_by):
+    """The mean of `loss_for_choice` over these seeds."""
+    return statistics.mean(loss_for_choice(replace(run, seed=seed), done) for seed in chosen_by)
 
 
 def read(results, run_class):

@@ -8,6 +8,7 @@ import torch
 
 from support import checkpoint, data, ranks
 from support.options import UserError
+from variants import Control
 
 
 @torch.no_grad()
@@ -18,9 +19,9 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
 
     Compare val_loss_causal with a dense model's loss, because the causal model is the one that samples. In
     val_loss_topk the routed blocks look ahead. taken: the share of tokens that each routed block processed in the
-    causal pass. The predictor (or what decides in its place: the router, or a variant's rule) is scored in the top-k
-    pass: its accuracy, the accuracy of the better constant answer (base rate), and its recall. Returns None if `stop`
-    is requested meanwhile on any rank.
+    causal pass. The predictor, or what decides in its place, is scored in the top-k pass: its accuracy, the accuracy of
+    the better constant answer (base rate), and its recall. (Controls are not: they learn nothing.) Returns None if
+    `stop` is requested meanwhile on any rank.
     """
     T, device = model.config.block_size, model.lm_head.weight.device
     training = model.training
@@ -29,7 +30,7 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
     starts = np.linspace(0, len(tokens) - 1 - T, n_windows).astype(int)
     starts = [starts[i : i + batch_size] for i in range(0, n_windows, batch_size)]
     routed, measured = model.routed_blocks, {}
-    scored = model.routing_modules or routed
+    scored = model.routing_modules or [block for block in routed if not isinstance(block, Control)]
     for i in ranks.share(len(starts)):
         if stop is not None and stop.requested:
             break

@@ -282,12 +282,17 @@ def test_the_ablations_change_one_thing_each_at_a_rate_of_their_own(monkeypatch)
         different = {name for name in vars(base) if getattr(other, name) != getattr(base, name)}
         assert len(different) == 1 or different == {"block_size", "route_every", "n_layer"}
         assert all(replace(other, learning_rate=0.0025, seed=seed) in done for seed in runner.SEEDS)
+    for options in ({}, {"causal_method": "router"}, {"variant": "expert_threshold"}):
+        causal = replace(base, learning_rate=0.0025, **options)
+        assert all(replace(causal, seed=seed) in done for seed in runner.FRESH)
 
 
 @pytest.mark.parametrize("name", [pytest.param("full", marks=pytest.mark.slow), "gpu"])
 def test_all_runs_of_a_budget_cost_the_same_and_name_different_folders(name):
     done = finish(isoflop.SETS[name], lambda run: abs(math.log(run.learning_rate / 0.005)))
     assert len({run.name for run in done}) == len(done)
+    chosen_by = runner.SEEDS[:2] if name == "gpu" else runner.SEEDS[:1]
+    assert all(replace(run, seed=seed) in done for run in done for seed in chosen_by)
     for run in {replace(run, learning_rate=0.005, seed=1) for run in done}:  # neither changes the cost
         config = isoflop.options(run, 84, "none", Path("none"), "cpu")
         flops = 3 * config.batch_size * forward_flops(isoflop.model_config(config, {"vocab_size": 84}), run.block_size)
@@ -456,14 +461,16 @@ def test_the_table_and_picture_of_recall_are_by_the_fresh_seeds_at_the_best_rate
         tables.append(recall.table(64, done))
         for run in todo[:3]:
             loss = 5 + abs(math.log(run.learning_rate / 2e-3)) / 10 + run.seed / 100
-            half = {f"{name}_causal": loss for name in ("val_loss", "recall_loss", "rest_loss", "recalled")}
+            half = {"val_loss_causal": loss, "recalled_causal": loss - 4.5, "rest_loss_causal": loss + 1}
+            half["recall_loss_causal"] = loss + 2
             row = {"run": run.__dict__, "choose": half, "report": half | {"digits_taken_causal": [0.25]}}
             done[run] = row | {"steps": 5, "forward_flops_per_token": 7, "text": "a$\n1" * 16, "picks": "0101" * 16}
     assert {run.seed for run in done} == {1, 2, *runner.FRESH}
     models = [name for name in recall.MODELS if "MoD" in name and "1 + 1" in name]
     assert tables[0] == "" and recall.table(512, done) == ""
-    assert max(text.count("| 0.002 | 1, 2 (chose the rate) | 5.010, 5.020 |") for text in tables) == len(models)
-    assert recall.table(64, done).count("| 0.002 | 6 fresh | 5.075 ± 0.020 |") == len(models)  # seeds 5 to 10
+    assert max(text.count("| 1, 2 (chose the rate) | 0.510, 0.520 | 7.010, 7.020 |") for text in tables) == len(models)
+    expected = "| 0.002 | 6 fresh | 0.575 ± 0.020 | 7.075 ± 0.020 | 6.075 ± 0.020 | 5.075 ± 0.020 |"  # seeds 5 to 10
+    assert recall.table(64, done).count(expected) == len(models)
     done[next(run for run in done if run.seed == 5)]["report"] = None  # a seed that diverged
     assert recall.table(64, done).count("6 fresh") == len(models) - 1
     recall.draw(done, tmp_path / "recall.png")
@@ -795,7 +802,7 @@ def test_another_context_is_compared_with_its_rival():
 
 
 def test_the_numbers_of_the_claims_follow_from_the_runs():
-    """The claims once more, from the lines alone."""
+    """Most numbers of the claims once more, from the lines alone; and those of the causal rules."""
     text = (ROOT / "results/README.md").read_text(encoding="utf-8")
     claims = [line for line in text.splitlines() if "| `exp" in line]
     rows, learned = (
@@ -850,6 +857,9 @@ def test_the_numbers_of_the_claims_follow_from_the_runs():
     for name, some in changes.items():
         assert f"{name} {expected(some, changed())}" in claims[4]
 
+    for options in ({"causal_method": "router"}, {"variant": "expert_threshold"}):
+        assert f"| {expected(found(3e12, '2×96', 1, **options), found(3e12, '2×96', 1))} |" in text
+
     learned = [row["learned"] for row in learned]
     shares = [share for one in learned for share in one["known_by"]["character"]]
     assert f"the character explains {min(shares):.0%} to {max(shares):.0%} of a decision" in claims[6]
@@ -865,6 +875,18 @@ def test_the_numbers_of_the_claims_follow_from_the_runs():
     pairs = [("staged MoDE", name) for name in ("MoD", "dense, without these blocks", "MoE")]
     for one, other in [*pairs, ("integrated MoDE", "MoE, lowered capacity")]:
         assert f"{one} against {other} {expected(kinds[one], kinds[other])}" in claims[7]
+
+
+def test_a_rate_that_two_seeds_chose_is_the_one_of_the_search():
+    """Also where no other seeds follow, and the best rate lies next to a cliff."""
+    for cliff in (1.0, 1.2):
+        done, run = {}, replace(MOD, learning_rate=0.004)
+        while (found := runner.search(run, done, chosen_by=(1, 2)))[1]:
+            for again in found[1]:
+                loss = 2 + abs(math.log(again.learning_rate / 0.004)) / 100
+                done[again] = row_of(again, loss * (cliff if again.learning_rate > 0.004 else 1))
+        (model,) = report.models_of(done)
+        assert model.run.learning_rate == found[0].learning_rate == (0.002 if cliff > 1.05 else 0.004)
 
 
 def test_the_pictures_can_be_drawn(tmp_path):
