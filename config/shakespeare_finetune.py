@@ -3,7 +3,7 @@
 # First:  python -m support.gpt2 --model=gpt2 --out_dir=out-gpt2
 #
 # This fine-tunes the dense model. --route_every=2 makes every other block a routed one whose router and predictor begin
-# at random, which disturbs most of what GPT-2 knows (measured on a small model in docs/scaling.md). Never run here with
+# at random, which disturbs much of what GPT-2 knows (measured on a small model in docs/scaling.md). Never run here with
 # GPT-2's weights, because no download was available.
 out_dir = "out-shakespeare-finetune"
 init_from = "out-gpt2"

@@ -5,6 +5,8 @@ Options of the command-line tools: a dataclass of defaults, a preset file, `--ke
 
 A preset is a Python file that assigns values to option names. It may also assign `cpu`, a dict of options for a machine
 without a GPU. Later ones win: defaults, preset, its cpu part, command line.
+
+(Why not tyro: there --resume and --bias=True cannot both work, and a preset cannot come first.)
 """
 
 import argparse

@@ -556,7 +556,7 @@ def test_the_table_of_shorter_contexts_has_the_interval_of_the_difference():
     [
         (dict(ranks=(0.61, 0.9, 0.7)), "reproduced"),
         (dict(ranks=(0.59, 0.9, 0.7)), "partly: structured, not by entropy"),
-        (dict(character=0.1), "not"),
+        (dict(character=0.1), "not reproduced"),
     ],
 )
 def test_the_seventh_claims_verdict(options, verdict):
@@ -699,7 +699,7 @@ def test_a_rival_that_diverged_is_left_out_of_the_tables():
 @pytest.mark.parametrize(
     "losses, verdict",
     [
-        ([1, 1.619, 1.620, 1.621], "not, at 1e13"),
+        ([1, 1.619, 1.620, 1.621], "not reproduced, at 1e13"),
         ([1, 1.579, 1.580, 1.581], "reproduced, at 1e13"),
         ([1, 1.500, 1.600, 1.700], "no difference seen, at 1e13"),
     ],
@@ -762,7 +762,7 @@ def test_the_last_claim_needs_all_its_models_in_one_shape_and_is_printed_without
         done |= lines_of(replace(MOD, **isoflop.EXPERTS[name]), [1, loss - 0.1, loss, loss + 0.1])
     assert last()[1] == "no difference seen, at 1e13"
     done |= lines_of(replace(MOD, **isoflop.EXPERTS["staged MoDE"]), [1, 1.64, 1.64, 1.641])
-    assert last()[1] == "not, at 1e13"
+    assert last()[1] == "not reproduced, at 1e13"
 
 
 def test_a_kind_of_experts_that_somebody_adds_has_its_own_row(monkeypatch):
@@ -900,8 +900,8 @@ def test_the_pictures_can_be_drawn(tmp_path):
     [
         ([(2.0, 0.9), (2.0, 1.0)], "reproduced"),
         ([(2.0, 1.1), (2.0, 1.0)], "partly"),
-        ([(2.0, 1.1), (2.0, 1.1)], "not"),
-        ([(0.9, 0.5)], "not"),
+        ([(2.0, 1.1), (2.0, 1.1)], "not reproduced"),
+        ([(0.9, 0.5)], "not reproduced"),
     ],
 )
 def test_the_second_claim_is_of_models_that_are_larger_and_no_dearer(sizes, verdict):
