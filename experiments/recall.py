@@ -43,7 +43,7 @@ TASKS = {  # characters in a window: times that it holds the code, width of the 
     512: (8, 32, 1e13),
 }
 TOKENS_PER_STEP, MEASURED = 1024, 512  # MEASURED: windows
-CHOOSING = runner.SEEDS[:2]  # the seeds that choose learning rates
+LEARNED = 0.9  # a model that recalls this share of the digits has learned the task
 
 MODELS = {  # "1 + 1" is an ordinary and a routed block
     "dense, 2 layers": {"n_layer": 2, "route_every": 0},
@@ -168,7 +168,7 @@ def measure(model, x, y, recall):
 
 def searched(T, done):
     """For each model its run at the best learning rate so far, and the runs that are still needed to choose it."""
-    return [runner.search(Run(name, T, TASKS[T][2]), done, chosen_by=CHOOSING) for name in MODELS]
+    return [runner.search(Run(name, T, TASKS[T][2]), done, chosen_by=runner.SEEDS[:2]) for name in MODELS]
 
 
 def wanted(T, done):
@@ -179,22 +179,16 @@ def wanted(T, done):
 
 
 def finished(T, done):
-    """
-    {model: its lines at its learning rate}: of the fresh seeds, or until they are there of those that chose the rate.
-    A model of which one diverged is left out.
-    """
+    """{model: its lines of the fresh seeds}, for models that have all of these and of which none diverged."""
     rows = {}
     for run, missing in searched(T, done):
-        if not missing:
-            seeds = CHOOSING if runner.seeds(run, done, runner.FRESH) else runner.FRESH
-            rows[run.model] = [done[replace(run, seed=seed)] for seed in seeds]
+        if not missing and not runner.seeds(run, done, runner.FRESH):
+            rows[run.model] = [done[replace(run, seed=seed)] for seed in runner.FRESH]
     return {name: of_seeds for name, of_seeds in rows.items() if all(row["report"] for row in of_seeds)}
 
 
 def interval(values):
-    """Mean ± half of its 95% interval; of two values both, because two say little about their spread."""
-    if len(values) == 2:
-        return ", ".join(f"{value:.3f}" for value in values)
+    """Mean ± half of its 95% interval."""
     half = report.t_95(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.mean(values):.3f} ± {half:.3f}"
 
@@ -204,20 +198,19 @@ def table(T, done):
     for name, found in finished(T, done).items():
         run, losses = found[0]["run"], [row["report"] for row in found]
         cells = [name, f"{found[0]['forward_flops_per_token']:,.0f}", f"{found[0]['steps']:,}", run["learning_rate"]]
-        cells += [f"{len(found)} fresh" if len(found) > len(CHOOSING) else "1, 2 (chose the rate)"]
+        cells.append(f"{sum(one['recalled_causal'] >= LEARNED for one in losses)} of {len(losses)}")
         for figure in ("recalled", "recall_loss", "rest_loss", "val_loss"):
             cells.append(interval([one[f"{figure}_causal"] for one in losses]))
         blocks = zip(*(one["digits_taken_causal"] for one in losses))
         rows.append([*cells, "; ".join(", ".join(f"{share:.0%}" for share in block) for block in blocks)])
-    columns = (
-        ":model | FLOPs/token | steps | rate | seeds | recalled | loss on these | on the rest | on all | digits taken"
-    )
+    columns = ":model | FLOPs/token | steps | rate | learned it | recalled | loss on these | on the rest | on all"
+    columns += " | digits taken"
     return report.markdown(columns, rows)
 
 
 @report.style
 def draw(done, path, T=64):
-    """Recall over the loss on the rest of the text, a mark for each seed; what two routed blocks take of a text."""
+    """Recall over the loss on the rest, a mark for each seed; what MoD takes with its best and its worst seed."""
     models = finished(T, done)
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     above, *strips = figure.subplots(3, 1, height_ratios=(5, 1, 1))
@@ -230,16 +223,17 @@ def draw(done, path, T=64):
     guess = sum(1 / n for n in range(1, LENGTH)) / (LENGTH - 1)  # among the code's digits that did not come again yet
     above.axhline(guess, color="grey", linestyle=":", label="guessing by elimination")
     above.legend(fontsize=8)
-    for axes, name in zip(strips, ("MoD, 1 + 1", "MoD told the digits, 1 + 1")):
+    for axes in strips:
         axes.axis("off")
-        for row in sorted(models.get(name, []), key=lambda row: row["report"]["recalled_causal"])[-1:]:
-            what = f"takes these characters, with seed {row['run']['seed']}, which recalls the most"
-            axes.set_title(f"{name}: the routed block {what}", fontsize=9)
-            for place, (letter, pick) in enumerate(zip(row["text"], row["picks"])):
-                box = dict(boxstyle="square,pad=0.1", color=report.LOOKS["MoD"]["color"], alpha=0.4)
-                where = place / T, 0.5
-                letter = {"\n": "↵", "$": r"\$"}.get(letter, letter)
-                axes.text(*where, letter, family="monospace", fontsize=10, bbox=box if pick == "1" else None)
+    by_recall = sorted(models.get("MoD, 1 + 1", []), key=lambda row: row["report"]["recalled_causal"])
+    for axes, row in zip(strips, [*by_recall[-1:], *by_recall[:1]]):
+        seed, recalled = row["run"]["seed"], row["report"]["recalled_causal"]
+        axes.set_title(f"What MoD's routed block takes with seed {seed}, which recalls {recalled:.0%}", fontsize=9)
+        for place, (letter, pick) in enumerate(zip(row["text"], row["picks"])):
+            box = dict(boxstyle="square,pad=0.1", color=report.LOOKS["MoD"]["color"], alpha=0.4)
+            letter = {"\n": "↵", "$": r"\$"}.get(letter, letter)
+            where = place / T, 0.5
+            axes.text(*where, letter, family="monospace", fontsize=10, bbox=box if pick == "1" else None)
     report.save(figure, path)
 
 
