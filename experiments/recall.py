@@ -220,7 +220,7 @@ def draw(done, path, T=64):
         above.plot(x, y, "os^vDP*Xph<"[i], color=f"C{i % 10}", alpha=0.7, linestyle="", label=name)
     above.set(xlabel="loss on the rest of the text (nats per character)", ylabel="share of the digits recalled")
     above.set(ylim=(-0.03, 1.03), title=f"{T} characters, equal training FLOPs; a mark for each seed")
-    guess = sum(1 / n for n in range(1, LENGTH)) / (LENGTH - 1)  # among the code's digits that did not come again yet
+    guess = sum(1 / n for n in range(1, LENGTH)) / (LENGTH - 1)  # among the code's digits that have not come again yet
     above.axhline(guess, color="grey", linestyle=":", label="guessing by elimination")
     above.legend(fontsize=8)
     for axes in strips:
