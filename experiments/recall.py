@@ -43,20 +43,20 @@ TASKS = {  # characters in a window: times that it holds the code, width of the 
     512: (8, 32, 1e13),
 }
 TOKENS_PER_STEP, MEASURED = 1024, 512  # MEASURED: windows
-LEARNED = 0.9  # a model that recalls this share of the digits has learned the task
+LEARNED = 0.9  # a model that recalls this share of the digits has learned the task; likewise a router that takes it
 
 MODELS = {  # "1 + 1" is an ordinary and a routed block
     "dense, 2 layers": {"n_layer": 2, "route_every": 0},
     "dense, 1 layer": {"n_layer": 1, "route_every": 0},
     "MoD, 1 + 1": {"n_layer": 2},
+    "MoD decided by the router, 1 + 1": {"n_layer": 2, "causal_method": "router"},
+    "MoD, expert threshold, 1 + 1": {"n_layer": 2, "variant": "expert_threshold"},
     "MoD told the digits, 1 + 1": {"n_layer": 2, "told": True},
     "MoD with exploring noise, 1 + 1": {"n_layer": 2, "variant": "exploring_noise"},
     "stochastic routing, 1 + 1": {"n_layer": 2, "variant": "stochastic"},
     "position-only routing, 1 + 1": {"n_layer": 2, "variant": "position"},
     "dense, 4 layers": {"n_layer": 4, "route_every": 0},
     "MoD, 2 + 2": {"n_layer": 4},
-    "MoD decided by the router, 1 + 1": {"n_layer": 2, "causal_method": "router"},
-    "MoD, expert threshold, 1 + 1": {"n_layer": 2, "variant": "expert_threshold"},
 }
 
 
@@ -210,19 +210,25 @@ def table(T, done):
 
 @report.style
 def draw(done, path, T=64):
-    """Recall over the loss on the rest, a mark for each seed; what MoD takes with its best and its worst seed."""
+    """Recall with each seed, and whether a router takes the digits; what MoD takes with its best and its worst seed."""
     models = finished(T, done)
     figure = Figure(figsize=(9, 6.5), layout="constrained")
-    above, *strips = figure.subplots(3, 1, height_ratios=(5, 1, 1))
-    for name, found in models.items():
-        i = list(MODELS).index(name)
-        x, y = ([row["report"][f"{what}_causal"] for row in found] for what in ("rest_loss", "recalled"))
-        above.plot(x, y, "os^vDP*Xph<"[i], color=f"C{i % 10}", alpha=0.7, linestyle="", label=name)
-    above.set(xlabel="loss on the rest of the text (nats per character)", ylabel="share of the digits recalled")
-    above.set(ylim=(-0.03, 1.03), title=f"{T} characters, equal training FLOPs; a mark for each seed")
+    above, *strips = figure.subplots(3, 1, height_ratios=(6, 1, 1))
+    above.axvspan(LEARNED, 1.03, color="green", alpha=0.1)
     guess = sum(1 / n for n in range(1, LENGTH)) / (LENGTH - 1)  # among the code's digits that have not come again yet
-    above.axhline(guess, color="grey", linestyle=":", label="guessing by elimination")
-    above.legend(fontsize=8)
+    above.axvline(guess, color="grey", linestyle=":")
+    above.text(guess, -0.8, " guessing by elimination", fontsize=8, color="grey")
+    above.text(LEARNED, -0.8, " learned it", fontsize=8, color="green")
+    for row, found in enumerate(models.values()):
+        for i, line in enumerate(found):
+            taken = line["report"]["digits_taken_causal"]  # by each routed block
+            color = report.LOOKS["MoD" if taken else "dense"]["color"]
+            fill = "full" if any(share >= LEARNED for share in taken) else "none"
+            y = row + (i - (len(found) - 1) / 2) / 12  # one above another, where they are equal
+            above.plot(line["report"]["recalled_causal"], y, "o", fillstyle=fill, color=color)
+    above.set_yticks(range(len(models)), list(models))
+    above.set(xlim=(0, 1.03), ylim=(len(models) - 0.5, -1.2), xlabel="share of the digits recalled")
+    above.set_title(f"{T} characters, equal training FLOPs. A circle is a seed; filled: a router takes the digits")
     for axes in strips:
         axes.axis("off")
     by_recall = sorted(models.get("MoD, 1 + 1", []), key=lambda row: row["report"]["recalled_causal"])
