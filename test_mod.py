@@ -524,6 +524,7 @@ def test_with_the_router_as_causal_method_the_auxiliary_loss_reaches_the_router(
     assert model.transformer.wte.weight.grad.abs().max() > 0  # there is no stop-gradient: the method's cost
 
 
+@pytest.mark.slow
 @all_kinds
 def test_a_training_pass_compiles_without_a_graph_break(kind):
     results = []

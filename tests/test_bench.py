@@ -72,6 +72,7 @@ def test_bench_brings_the_predictors_to_the_capacity():
     assert abs(run["taken"] - 0.125) < 0.04
 
 
+@pytest.mark.slow
 def test_bench_check_reports_what_differs_or_fails(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         bench.main(["--check", "--device=cpu"])

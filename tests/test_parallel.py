@@ -173,15 +173,14 @@ def test_three_ranks_that_stop_and_resume_equal_three_that_never_stopped(small, 
     assert same(state_of(stopped), state_of(whole))
 
 
+@slow
 def test_on_another_number_of_ranks_a_run_goes_on_and_says_so(small, start):
     finished(start(small, 2))
     longer = dataclasses.replace(small, max_iters=22, resume=True)
     out = finished(start(longer, 0))
     assert "Changed since it stopped: max_iters was 20, now 22" in out and "ranks was 2, now 1" in out
     assert checkpoint.read(Path(small.out_dir), "last")["step"] == 22
-    evaluation = dataclasses.replace(
-        small, eval_only=True, gradient_accumulation_steps=1
-    )  # evaluation has no micro-steps
+    evaluation = dataclasses.replace(small, eval_only=True, gradient_accumulation_steps=1)  # it has no micro-steps
     assert finished(start(evaluation, 2)).count("val loss") == 1
 
 

@@ -51,6 +51,7 @@ def test_the_flops_of_a_variant_are_what_pytorchs_counter_counts(variant):
     assert counter.get_total_flops() == model.flops(32, [int(block.taken.sum()) for block in model.routed_blocks])
 
 
+@pytest.mark.slow
 @variants
 def test_a_variant_compiles_without_a_graph_break(variant):
     losses = []
