@@ -58,7 +58,7 @@ def load(out_dir=PRETRAINED, device="auto"):
     """
     The best model of the run in out_dir (a path or string), ready to sample from, and its tokenizer, which has
     `encode` (text to a list of token ids) and `decode` (token ids to text). Without out_dir, the small model that comes
-    with the repository. Raises UserError for a folder without a whole checkpoint.
+    with the repository. Raises UserError for a folder without an intact checkpoint.
     """
     model, info = checkpoint.load(expanded(out_dir), "best", pick_device(device))
     return model, tokenizer_of(info["data"])

@@ -90,7 +90,7 @@ def train(config):
     Train as `config` (a TrainConfig) says. Writes checkpoints, metrics.jsonl and config.json to its out_dir.
 
     Returns the rows of metrics.jsonl: one dict per evaluation, with losses in nats per token. Raises UserError for
-    options or data that cannot work, before it spends time, and for a run that diverges. On Ctrl-C or SIGTERM it saves
+    options or data that cannot work, before training, and if the run diverges. On Ctrl-C or SIGTERM it saves
     and raises KeyboardInterrupt. With config.resume it continues the run in out_dir with exactly these options; the
     command line fills in the run's own.
     """

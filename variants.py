@@ -92,7 +92,7 @@ class Position(Control):
     def make_rule(self, block_size, capacity, layer):
         positions = torch.arange(block_size + 1, dtype=torch.float64)
         taken = (positions * capacity + 1e-9).floor().diff()  # 1 where the token is taken, otherwise 0
-        # In a sequence shorter than 1 / capacity no token is. The slope makes top-k take the first one there.
+        # A sequence shorter than 1 / capacity has none. There the slope makes top-k take the first token.
         return (taken - positions[1:] / (block_size + 1)).float()
 
     def scores(self, r):
@@ -138,7 +138,7 @@ class ExpertThreshold(RoutedBlock):
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.register_buffer("mean", torch.zeros(()))  # moving average of the smallest weights; it begins at 0
-        self.register_buffer("ones", torch.zeros(()))  # the same average of 1; dividing by it corrects that, as in Adam
+        self.register_buffer("ones", torch.zeros(()))  # the same average of 1, to divide by: Adam's bias correction
 
     def scores(self, r):
         if self.training:

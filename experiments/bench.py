@@ -5,8 +5,8 @@ Do saved FLOPs become saved time? A Mixture-of-Depths GPT against a dense one, i
     python -m experiments.bench --n_layer=12 --n_head=12 --n_embd=768 --block_size=512 --part=sampling
     python -m experiments.bench --check --device=mps
 
-Both models in turn, medians, without the warm-up. The last line is JSON. --check compares the
-results of an untested device with the CPU's instead.
+Prints medians of alternating runs, without warm-up; the last line is JSON. --check only
+compares an untested device's results with the CPU's.
 """
 
 if __name__ == "__main__" and not __package__:

@@ -81,7 +81,7 @@ class Run:
 
 
 # The declared runs. Sizes are (layers, width) of the dense models. The MoD model of a size has a routed block after
-# each of these layers, so twice as many. Its rival is the dense model of the size: the same without routed blocks.
+# each of these layers, so twice as many. Its baseline is the dense model of the size: the same without routed blocks.
 SIZES = {
     1e12: ((1, 32), (1, 64), (1, 96), (1, 128), (2, 32), (2, 64)),
     3e12: ((1, 32), (1, 64), (1, 96), (1, 128), (2, 32), (2, 64), (2, 96), (3, 32), (3, 64)),
@@ -110,7 +110,7 @@ def at_one_budget(budget, sizes, done):
     The runs that are still needed to compare dense and MoD at one budget.
 
     First each size at learning rates around its best one, with one seed (two at the budgets for a GPU). Then the other
-    seeds, at that learning rate, for the three best sizes of each kind and for the rival of the best MoD model. Then
+    seeds, at that learning rate, for the three best sizes of each kind and for the baseline of the best MoD model. Then
     fresh seeds for the models in the paper's claims, where the best model has the lowest mean over the seeds so far.
     "Best" always refers to the half of the validation split that is for choosing.
     """
@@ -124,8 +124,8 @@ def at_one_budget(budget, sizes, done):
     if todo:
         return todo
     dense, mod = (sorted(runs, key=lambda run: mean_loss(run, done, chosen_by)) for runs in kinds.values())
-    rivals = [run for run in dense[3:] if (run.n_layer, run.n_embd) == (mod[0].n_layer // 2, mod[0].n_embd)]
-    todo = [again for run in dense[:3] + mod[:3] + rivals for again in seeds(run, done)]
+    baselines = [run for run in dense[3:] if (run.n_layer, run.n_embd) == (mod[0].n_layer // 2, mod[0].n_embd)]
+    todo = [again for run in dense[:3] + mod[:3] + baselines for again in seeds(run, done)]
     if todo:
         return todo
     found = report.candidates(report.models_of(done), budget).values()
@@ -135,7 +135,7 @@ def at_one_budget(budget, sizes, done):
 
 
 def changed(run):
-    """The MoD model with one thing changed; for another context also its rival, to compare with."""
+    """The MoD model with one thing changed; for another context also its baseline, to compare with."""
     return [
         *(replace(run, capacity=share) for share in (0.0625, 0.25, 0.5, 1.0)),
         *(replace(run, route_every=n) for n in (1, 3) if n <= run.n_layer),

@@ -74,8 +74,8 @@ def sampling_speed(timed):
             cells = [shape(figures), texts, *(f"{speed:,.0f}" for speed in speeds)]
             cells += [f"**{part['decode_speedup']:.2f}**", f"{part['taken']:.1%}"]
             rows.append([*cells, f"{part['cache_bytes_ratio']:.2f}", f"{part['cache_speedup']:.0f}"])
-    columns = ":model | texts at once | tokens/s, MoD | tokens/s, dense | times as fast"
-    columns += " | entered | cache / dense | no cache, times as long"
+    columns = ":model | texts at once | tokens/s, MoD | tokens/s, dense | speedup"
+    columns += " | taken | cache / dense | slowdown without cache"
     return report.markdown(columns, rows)
 
 

@@ -24,7 +24,7 @@ LOOKS = {
 }
 MARGIN = 0.5  # percent of the loss: the most that still counts as "as good"
 SAVING = 0.75  # of the FLOPs per forward pass: the most that counts as cheaper
-DENSE_RIVAL = "dense, without these blocks"
+DENSE_BASELINE = "dense, without these blocks"
 
 
 @dataclass
@@ -95,7 +95,7 @@ def final(roles):
 
 
 def difference(a, b):
-    """How far the mean loss of a lies above b's, in percent, and half of the 95% interval (infinite if seeds miss)."""
+    """How far a's mean loss lies above b's, in percent, and half of the 95% interval (infinity without all seeds)."""
     percent = 100 * (a.mean() / b.mean() - 1)
     if not (a.complete and b.complete):
         return percent, math.inf
@@ -147,7 +147,7 @@ def find(run, models):
     return next((model for model in models if replace(model.run, learning_rate=run.learning_rate) == run), None)
 
 
-def rival_of(model, models):
+def baseline_of(model, models):
     """The dense model that is this MoD model without its routed blocks, or None."""
     return find(replace(model.run, n_layer=model.run.n_layer // 2, route_every=0), models)
 
@@ -162,7 +162,7 @@ def candidates(models, budget):
         return best_of([m for m in plain(models, budget, "MoD") if low < m[key] / dense[key] <= high])
 
     cheaper, as_large = best_within("forward_flops_per_token", 0, SAVING), best_within("parameters", 0.8, 1.25)
-    return {"dense": dense, "MoD": mod, "rival": rival_of(mod, models), "cheaper": cheaper, "as large": as_large}
+    return {"dense": dense, "MoD": mod, "baseline": baseline_of(mod, models), "cheaper": cheaper, "as large": as_large}
 
 
 def comparisons(models):
@@ -185,8 +185,8 @@ def changes(models, budget):
         name = change_name(*changed.popitem()) if len(changed) == 1 else None
         if name and model.run.block_size == base.run.block_size:
             others.append((name, model, base))
-        elif name and (rival := rival_of(model, models)):  # another context has another scale of losses
-            others.append((f"{name}, against its rival", model, rival))
+        elif name and (baseline := baseline_of(model, models)):  # another context has another scale of losses
+            others.append((f"{name}, against its baseline", model, baseline))
     return base, sorted(others, key=lambda other: other[0])
 
 
@@ -215,7 +215,7 @@ def with_experts(models):
         return {}
     mod = mixtures[-1].run.base
     dense = replace(mod, route_every=0)
-    runs = {"dense": dense, "MoD": mod, DENSE_RIVAL: replace(dense, n_layer=mod.n_layer // 2)}
+    runs = {"dense": dense, "MoD": mod, DENSE_BASELINE: replace(dense, n_layer=mod.n_layer // 2)}
     runs |= {
         model.run.experts: model.run
         for model in mixtures
@@ -256,15 +256,15 @@ def cells(name, model, against=None):
 
 
 def isoflop_table(models):
-    """The best models of each budget, and the rival of the best MoD model."""
+    """The best models of each budget, and the baseline of the best MoD model."""
     rows = []
     for roles in comparisons(models).values():
-        dense, rival = roles["dense"], roles["rival"]
-        same = rival and rival.run == dense.run
-        rows.append(cells("best dense (also the rival)" if same else "best dense", dense))
+        dense, baseline = roles["dense"], roles["baseline"]
+        same = baseline and baseline.run == dense.run
+        rows.append(cells("best dense (also the baseline)" if same else "best dense", dense))
         rows.append(cells("best MoD", roles["MoD"], dense))
-        if rival and not same:  # None: it diverged
-            rows.append(cells("rival of the best MoD", rival, dense))
+        if baseline and not same:  # None: it diverged
+            rows.append(cells("baseline of the best MoD", baseline, dense))
     return markdown(f"{COLUMNS} | against dense", rows)
 
 
@@ -281,13 +281,11 @@ def crossover(models):
     if len(found) < 2:
         return ""
     slope, half = trend({b: roles["distance"] for b, roles in found.items()})
-    text = f"For a factor of ten in the budget the distance changes by {slope:+.2f} ± {half:.2f} points (95%).\n"
     if len(found) < 3 or abs(slope) <= half:
-        text += "So these budgets do not say where, or whether, MoD draws level."
-    else:
-        x, y = np.log10(list(found)).mean(), statistics.mean(roles["distance"][0] for roles in found.values())
-        text += f"A straight line through them is at zero at {short(10 ** (x - y / slope))} FLOPs."
-    return text
+        return "These budgets do not say where, or whether, MoD and dense cross."
+    x, y = np.log10(list(found)).mean(), statistics.mean(roles["distance"][0] for roles in found.values())
+    text = f"For ten times the budget the gap changes by {slope:+.2f} ± {half:.2f} percentage points (95%).\n"
+    return text + f"A straight line through the gaps is at zero at {short(10 ** (x - y / slope))} FLOPs."
 
 
 def ablation_table(models):
@@ -434,7 +432,7 @@ def draw_crossover(models, path):
     axes.set_yscale("symlog", linthresh=1)  # a seed that hardly learned must not flatten all others
     axes.set_yticks([-10, -3, -1, -0.5, 0, 0.5, 1, 3, 10])
     axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.set(xlabel="training FLOPs", ylabel="held-out loss of the best MoD, percent above")
+    axes.set(xlabel="training FLOPs", ylabel="loss of the best MoD above dense (percent)")
     axes.set_title("How far the best MoD lies above the best dense GPT (95% intervals)")
     axes.legend()
     save(figure, path)
@@ -444,7 +442,7 @@ def draw_crossover(models, path):
 
 WHERE = {  # headings of results/README.md
     "isoflop full": "isoflop-curves",
-    "isoflop laptop": "one-thing-changed",
+    "isoflop laptop": "ablations",
     "isoflop experts": "depth-and-experts",
     "routing all": "with-and-without-the-future-what-the-router-learned",
 }
@@ -573,9 +571,9 @@ def claim_7(learned):
     ranks = [0.5 if x is None else x for one in learned for x in one["entropy_ranks_higher"]]
     uncertain, certain = sum(x > 0.6 for x in ranks), sum(x < 0.4 for x in ranks)
     here = (
-        f"structured: the character explains {min(character):.0%} to {max(character):.0%} of a decision, with the one "
-        f"before {min(before):.0%} to {max(before):.0%}, the position at most {max(position):.0%}; entropy: of "
-        f"{len(ranks)} routed blocks {uncertain} clearly prefer uncertain tokens, {certain} certain ones"
+        f"structured: the character explains {min(character):.0%} to {max(character):.0%} of a decision's entropy, "
+        f"with the one before {min(before):.0%} to {max(before):.0%}, the position at most {max(position):.0%}; "
+        f"entropy: of {len(ranks)} routed blocks {uncertain} clearly prefer uncertain tokens, {certain} certain ones"
     )
     if sum(x > 0.2 for x in character) < len(character) / 2:
         return here, "not reproduced"
@@ -585,7 +583,7 @@ def claim_7(learned):
 def claim_8(models):
     """Staged MoDE beats MoD and the dense GPT without the routed blocks; integrated MoDE beats MoE of its capacity."""
     # Staged MoDE against MoE is only shown: its steps cost half as much, and that dense GPT says what this alone gains.
-    judged = [("staged MoDE", "MoD"), ("staged MoDE", DENSE_RIVAL), ("integrated MoDE", "MoE, lowered capacity")]
+    judged = [("staged MoDE", "MoD"), ("staged MoDE", DENSE_BASELINE), ("integrated MoDE", "MoE, lowered capacity")]
     pairs = [*judged, ("staged MoDE", "MoE")]
     kinds = with_experts(models)
     if not all(name in kinds for pair in pairs for name in pair):

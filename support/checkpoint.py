@@ -87,7 +87,7 @@ def contents(out_dir, name):
         raise UserError(f"{path} is damaged: its SHA-256 differs from the one it states; train again or use another")
     role = info.pop("role", None) if found >= 4 else name
     if role != name:
-        raise UserError(f"{path} is the checkpoint {role!r} under another name; give exchanged files their names back")
+        raise UserError(f"{path} is the checkpoint {role!r} under another name; rename swapped files back")
     try:
         untrusted.check_contents(info, name)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, UserError) as error:

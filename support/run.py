@@ -43,7 +43,7 @@ class Progress:
     def read(self, scaler):
         """
         Read the figures of the steps since the last call, all at once, because each read waits for the device. Raises
-        Diverged if a gradient was not finite. The weights may not be either, then, so `save` reads before it writes.
+        Diverged if a gradient was not finite. The weights may then be bad too, so `save` reads before it writes.
         """
         begun = time.perf_counter()
         figures = torch.stack(self.unread).tolist() if self.unread else []
@@ -259,7 +259,7 @@ def save(out_dir, model, stateful, progress, info, stop):
         # PyTorch turns a full disk into a RuntimeError, and also a second Ctrl-C while it writes.
         if stop.again:
             raise KeyboardInterrupt(stop.AT_ONCE) from None
-        before = "the one before it is whole" if (out_dir / "last.json").is_file() else "there is none before it"
+        before = "the one before is intact" if (out_dir / "last.json").is_file() else "there is none before it"
         tqdm.write(f"step {step:,}: the checkpoint could not be saved ({error}); {before}")
         with contextlib.suppress(UserError, OSError):
             progress.best = best_loss(out_dir, step)  # best.json may have been written, and only last.json not

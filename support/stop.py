@@ -15,7 +15,7 @@ class Stop:
     training loop checks it where stopping is safe. A second signal sets `again` and stops at once.
     """
 
-    AT_ONCE = "Stopped at once; what was saved before is whole"
+    AT_ONCE = "Stopped at once; earlier saves are intact"
     requested, again = None, False
 
     def __enter__(self):

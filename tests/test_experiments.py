@@ -206,14 +206,14 @@ def finish(wanted, loss):
     return done
 
 
-def test_a_comparison_gives_seeds_to_the_three_best_of_each_kind_and_fresh_ones_to_the_best_and_the_rival():
+def test_a_comparison_gives_seeds_to_the_three_best_of_each_kind_and_fresh_ones_to_the_best_and_the_baseline():
     rng = random.Random(0)
     quality = {}
 
     def loss(run):
         size = (run.n_layer, run.n_embd, run.route_every)
         if run.route_every == 2 and (run.n_layer, run.n_embd) == (6, 64):
-            quality[size] = -1.0  # the best MoD; its rival is among the worst of the dense models
+            quality[size] = -1.0  # the best MoD; its baseline is among the worst of the dense models
         if not run.route_every and (run.n_layer, run.n_embd) == (3, 64):
             quality[size] = 10.0
         return quality.setdefault(size, rng.random()) + abs(math.log(run.learning_rate / 0.01)) + 0.001 * run.seed
@@ -635,7 +635,7 @@ def test_fresh_seeds_give_the_figures_as_soon_as_all_of_them_are_there():
     dense, mod = pair(early + fresh)
     assert mod.mean() == pytest.approx(1.6) and mod.choice == pair(early)[1].choice
     assert report.final({"dense": dense, "MoD": mod})["MoD"] is mod  # compared by the same seeds, so not one alone
-    mod = report.final({"MoD": mod, "rival": None})["MoD"]
+    mod = report.final({"MoD": mod, "baseline": None})["MoD"]
     # Fresh seeds chose nothing, so they report on both halves of the text. On the other one each has a loss of 1.5.
     assert mod.losses() == pytest.approx([(loss + 1.5) / 2 for loss in fresh]) and mod.complete
     percent, half = report.difference(mod, mod)
@@ -687,12 +687,12 @@ def test_a_budget_of_the_crossover_is_named_only_when_three_budgets_and_a_clear_
     assert (tmp_path / "crossover.png").stat().st_size > 10_000
 
 
-def test_a_rival_that_diverged_is_left_out_of_the_tables():
+def test_a_baseline_that_diverged_is_left_out_of_the_tables():
     other = lines_of(replace(DENSE, n_layer=1), [1.4, 1.5, 1.5, 1.5]) | lines_of(replace(DENSE, n_layer=3), [2.0])
     models = report.models_of(made_up([1, 1.6, 1.6, 1.7]) | other)
     alone = [model for model in models if model.run.n_layer != 2]
-    assert "| rival of the best MoD, 2×64 |" in report.isoflop_table(models)
-    assert "rival" not in report.isoflop_table(alone) and "best MoD" in report.isoflop_table(alone)
+    assert "| baseline of the best MoD, 2×64 |" in report.isoflop_table(models)
+    assert "baseline" not in report.isoflop_table(alone) and "best MoD" in report.isoflop_table(alone)
 
 
 @pytest.mark.parametrize(
@@ -790,14 +790,14 @@ def test_changes_of_any_routing_interval_have_a_name():
     assert report.change_name("route_every", 4) == "one block in 4 routed"
 
 
-def test_another_context_is_compared_with_its_rival():
+def test_another_context_is_compared_with_its_baseline():
     done = made_up([1, 1.619, 1.620, 1.621])
     done |= lines_of(replace(MOD, block_size=256), [1, 1.509, 1.510, 1.511])
     assert "context" not in report.ablation_table(report.models_of(done))  # not without it
     done |= lines_of(replace(DENSE, block_size=256), [1, 1.499, 1.500, 1.501])
     done |= lines_of(replace(MOD, route_every=0), [1, 1.7, 1.7, 1.7])
     table = report.ablation_table(report.models_of(done))
-    assert "context 256, against its rival" in table and "+0.67% ±" in table and "no block routed" in table
+    assert "context 256, against its baseline" in table and "+0.67% ±" in table and "no block routed" in table
 
 
 def test_the_numbers_of_the_claims_follow_from_the_runs():
@@ -861,7 +861,7 @@ def test_the_numbers_of_the_claims_follow_from_the_runs():
 
     learned = [row["learned"] for row in learned]
     shares = [share for one in learned for share in one["known_by"]["character"]]
-    assert f"the character explains {min(shares):.0%} to {max(shares):.0%} of a decision" in claims[6]
+    assert f"the character explains {min(shares):.0%} to {max(shares):.0%} of a decision's entropy" in claims[6]
     ranks = [rank for one in learned for rank in one["entropy_ranks_higher"]]
     assert f"{sum(rank > 0.6 for rank in ranks)} clearly prefer uncertain tokens" in claims[6]
 

@@ -208,7 +208,7 @@ def test_a_second_ctrl_c_stops_at_once_without_harm(tiny, capsys):
     with pytest.raises(SystemExit) as end:
         stop_in(config, ("learning_rate_at", 9), [signal.SIGINT, signal.SIGINT])  # twice per step: in step 4
     assert end.value.code == 130
-    assert capsys.readouterr().out.splitlines()[-1] == "Stopped at once; what was saved before is whole"
+    assert capsys.readouterr().out.splitlines()[-1] == "Stopped at once; earlier saves are intact"
     assert checkpoint.read(Path(config.out_dir), "last")["step"] == 3
     train.train(dataclasses.replace(config, resume=True))
     train.train(elsewhere(config, "whole"))
@@ -353,7 +353,7 @@ def test_a_full_disk_is_reported_and_training_goes_on_when_there_is_space(tiny, 
     else:
         train.train(tiny)
     reports = re.findall(
-        r"step (\d): the checkpoint could not be saved \(.*\); the one before it is whole", capsys.readouterr().out
+        r"step (\d): the checkpoint could not be saved \(.*\); the one before is intact", capsys.readouterr().out
     )
     assert reports == [str(3 * (call - 1)) if call < 4 else "6" for call in full_at]
     assert same(state_of(tiny), state_of(whole))
@@ -991,7 +991,7 @@ def test_a_first_checkpoint_that_cannot_be_saved_is_not_said_to_have_one_before_
     with pytest.raises(UserError, match="could not be saved; free disk space"):
         train.train(tiny)
     out = capsys.readouterr().out
-    assert out.count("; there is none before it\n") == 4 and "is whole" not in out
+    assert out.count("; there is none before it\n") == 4 and "is intact" not in out
 
 
 def test_a_run_without_a_checkpoint_is_told_to_start_again(tiny, monkeypatch):
