@@ -17,7 +17,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure  # not pyplot, which would need a screen or change a notebook's settings
 
-from support.options import UserError, errors_in_one_line, expanded, printable
+from support.options import UserError, errors_in_one_line, expanded, printable, show
 
 AXES = {
     "flops": ("flops", "training FLOPs"),
@@ -37,7 +37,17 @@ def main(argv=None):
     with errors_in_one_line("plot.py", "compare fewer runs"):
         if args.out.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise UserError(f"--out is a .png, .pdf or .svg file, got {args.out}")
-        groups = group_by_setting([read_run(path) for name in args.runs for path in matching(str(expanded(name)))])
+        runs, left_out = [], []
+        for path in [path for name in args.runs for path in matching(str(expanded(name)))]:
+            try:
+                runs.append(read_run(path))
+            except UserError as error:
+                left_out.append(error)
+        if not runs:
+            raise left_out[0]
+        for error in left_out:
+            show(f"Left out: {error}")
+        groups = group_by_setting(runs)
         print(table(groups))
         try:
             draw(groups, args.x, args.out)
@@ -56,6 +66,8 @@ def read_run(name):
     try:
         facts = json.loads((path / "config.json").read_text(encoding="utf-8"))
         rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        if not rows:
+            raise UserError(f"{path} has no evaluation yet")
         facts["config"]["seed"], facts["parameters"], facts["data"]["text_sha256"]
         numbers = ("step", "flops", "val_loss_causal", "val_loss_topk", "train_seconds")
         [row[name] + 0.0 for row in (rows[0], *rows) for name in numbers]

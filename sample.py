@@ -66,6 +66,7 @@ def load(out_dir=PRETRAINED, device="auto"):
 
 def sample(config):
     """Print the samples, the first as it comes; returns the texts, prompt included, a list of num_samples strings."""
+    config = options.checked(config)
     names = ("depth_svg", "routing_map", "html")
     pictures = {name: Path(getattr(config, name)) for name in names if getattr(config, name)}
     check(config, pictures)

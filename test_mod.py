@@ -686,6 +686,14 @@ def test_tokens_are_drawn_with_these_probabilities(options, expected, dtype):
     assert [p == 0 for p in drawn] == [p == 0 for p in expected]
 
 
+def test_top_p_keeps_as_many_tokens_in_bfloat16_as_it_should(monkeypatch):
+    logits = (3 * torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0))).bfloat16()
+    p, drawn = logits.double().softmax(-1).sort(descending=True).values, []
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: drawn.append(p) or torch.zeros(1, 1).long())
+    pick_token(logits, top_p=0.99)
+    assert abs(int((drawn[0] > 0).sum()) - int((p.cumsum(-1) - p < 0.99).sum())) <= 3
+
+
 def test_top_p_keeps_no_token_more_than_it_needs():
     assert len(pick_token(torch.zeros(1000, 4), top_p=0.5).unique()) == 2  # 0.25 each
 

@@ -12,7 +12,6 @@ notebook call the same function: `train(TrainConfig(...))`.
 import contextlib
 import dataclasses
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -95,11 +94,12 @@ def train(config):
     command line fills in the run's own.
     """
     started = time.monotonic()
+    config = options.checked(config)
     # Saved as asked for, because "auto" may mean something else on the machine where the run is resumed.
     asked = {name: getattr(config, name) for name in ("device", "dtype", "compile")}
     config = resolve(config)
     if config.eval_only:
-        row, max_iters = evaluate_checkpoint(Path(config.out_dir), config.dataset, config.device, config.dtype)
+        row, max_iters = evaluate_checkpoint(config)
         if not math.isfinite(row["val_loss_causal"]):
             raise UserError(f"the model in {config.out_dir} has the loss {row['val_loss_causal']}; use another one")
         print(report(row, max_iters))
@@ -108,6 +108,8 @@ def train(config):
         meta, data = load_dataset(config.dataset, config.block_size, config.vocab_size, check=ranks.is_main())
     torch.manual_seed(config.seed)
     model = build(model_config(config, meta))
+    if ranks.ranks() > 1 and any(name in model.state_dict() for name, _ in model.named_buffers()):
+        raise UserError(f"variant {config.variant} counts or averages over its passes, which differ by rank; use one")
     if config.init_from and not config.resume:
         checkpoint.start_from(Path(config.init_from), model, meta)
     model.to(config.device)
@@ -284,6 +286,8 @@ def options_of_the_run(preset, given):
     The options to use. With --resume or --eval_only these are the run's own, changed by the command line; of a preset
     only out_dir counts then.
     """
+    for name in {"resume", "eval_only"} & preset.keys():
+        raise UserError(f"{name} belongs on the command line, not in a preset; run train.py --{name}")
     if not (given.get("resume") or given.get("eval_only")):
         return {**preset, **given}
     out_dir = {**preset, **given}.get("out_dir", TrainConfig.out_dir)
@@ -301,13 +305,17 @@ def options_of_the_run(preset, given):
         print("The run's own options apply; of the preset only out_dir is used")
     fields = [field for field in dataclasses.fields(TrainConfig) if field.name in saved]
     saved = {field.name: options.convert(field, saved[field.name], f"{out_dir}: {field.name}") for field in fields}
+    free = {"eval_only", "out_dir", "dataset", "device", "dtype", "batch_size", "eval_iters"}
+    idle = sorted(name for name in given.keys() - free if given[name] != saved.get(name))
+    if given.get("eval_only") and idle:
+        raise UserError(f"--{idle[0]} differs from the run's and has no effect with --eval_only; leave it out")
     if {"max_iters", "flop_budget"} & given.keys():  # either one replaces the run's old length
         saved |= {"max_iters": 0, "flop_budget": 0.0}
     return {**saved, **given, "out_dir": out_dir}
 
 
 def resolve(config):
-    """`config` with its numbers checked and "auto" replaced by what it means on this machine."""
+    """`config` with its values checked and "auto" replaced by what it means on this machine."""
     at_least(1, config, "eval_interval eval_iters log_interval batch_size gradient_accumulation_steps")
     at_least(0, config, "vocab_size max_iters flop_budget warmup_iters learning_rate min_lr weight_decay grad_clip")
     at_least(0, config, "aux_weight seed")
@@ -322,7 +330,6 @@ def resolve(config):
         raise UserError(
             "variant no_gate leaves routers without a gradient, which several ranks cannot exchange; use one"
         )
-    paths = {name: os.path.expanduser(getattr(config, name)) for name in ("out_dir", "dataset", "init_from")}
     device = ranks.device(pick_device(config.device))
     if config.gradient_accumulation_steps % ranks.ranks() and not config.eval_only:
         raise UserError(
@@ -334,7 +341,7 @@ def resolve(config):
     compiled = config.compile
     if compiled == "auto":  # elsewhere it needs a C++ compiler or gains little
         compiled = str(device.startswith("cuda") and sys.platform == "linux")
-    return dataclasses.replace(config, **paths, device=device, dtype=pick_dtype(config.dtype, device), compile=compiled)
+    return dataclasses.replace(config, device=device, dtype=pick_dtype(config.dtype, device), compile=compiled)
 
 
 def model_config(config, meta):

@@ -94,6 +94,7 @@ GPU_SIZES = {  # these budgets read the complete works 2 to 8 times, 3 to 11 tim
     3e14: ((2, 192), (3, 192), (3, 256), (4, 192), (4, 256), (6, 192)),
     1e15: ((3, 256), (4, 256), (4, 384), (6, 256), (6, 384), (8, 256)),
 }
+LONG = 1e14  # the budget of the set long
 ABLATED = 3e12  # the budget at which one thing at a time is changed in the best MoD model
 VARIANTS = ("stochastic", "position", "no_gate", "sigmoid_gate", "loud_router", "exploring_noise")
 CAUSAL = ({}, {"causal_method": "router"}, {"variant": "expert_threshold"})  # three ways to decide without look-ahead
@@ -176,7 +177,7 @@ def long(done):
     """
     todo, best = [], []
     for n_layer, route_every in ((4, 2), (2, 0)):
-        run, missing = search(Run(1e14, n_layer, 64, route_every, 2.5e-3), done, chosen_by=SEEDS[:2])
+        run, missing = search(Run(LONG, n_layer, 64, route_every, 2.5e-3), done, chosen_by=SEEDS[:2])
         todo += missing
         best.append(run)
     return todo or [again for seed in FRESH for run in best for again in seeds(run, done, [seed])]
@@ -268,9 +269,12 @@ def main(argv=None):
         if args.set != "draw":
             train_one = prepared(execute, args.results, args.dataset, device)
             runner.run_all(SETS[args.set], Run, train_one, args.results, args.jobs)
-        models = report.models_of(runner.read(args.results, Run))
+        done = runner.read(args.results, Run)
+        models = report.models_of(done)
         report.draw(models, args.results)
         tables = report.tables(models)
+        if {run.budget for run in done} == {LONG}:
+            tables["long"] = report.long_table(done)
         print(
             "\n\n".join(tables.values()) or f"Nothing to compare in {args.results} yet: the best models need all seeds"
         )

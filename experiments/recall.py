@@ -248,6 +248,7 @@ def main(argv=None):
     args = runner.arguments(__doc__.split("\n\n")[0].strip(), sets, "out-recall").parse_args(argv)
     with errors_in_one_line("recall.py", "try fewer --jobs"):
         if args.set != "draw":
+            load_dataset(DATASET, int(args.set))  # if it is missing, not each process shall download it
             runner.run_all(sets[args.set], Run, execute, args.results, args.jobs)
         done = runner.read(args.results, Run)
         tables = {T: table(int(T), done) for T in sets}

@@ -247,7 +247,8 @@ def main(argv=None):
             train_one = isoflop.prepared(execute, args.results, "shakespeare_works", "cpu")
             wanted = functools.partial(runner.seeds, MODEL)
             runner.run_all(wanted, isoflop.Run, train_one, args.results, args.jobs)
-        rows = ordered(runner.read(args.results, isoflop.Run))
+        done = runner.read(args.results, isoflop.Run)
+        rows = ordered({run: row for run, row in done.items() if "learned" in row})
         if rows:
             draw(rows, args.results / "routing.png")
         print("\n\n".join(tables(rows).values()) or f"No runs in {args.results} yet")

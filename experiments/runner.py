@@ -95,7 +95,8 @@ def read(results, run_class):
             done[run_class(**row["run"])] = row
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(
-                f"line {number} of {path} is not a run ({error}); delete it to train the run again"
+                f"line {number} of {path} is not a run of this experiment ({error}); "
+                "name another folder with --results, or delete a damaged line to train its run again"
             ) from None
     return done
 

@@ -99,6 +99,8 @@ def write(out, splits, meta):
 
 def folder_of(path):
     """The folder that a user means: data/NAME lies in this repository, whatever folder the command runs in."""
+    if not str(path):
+        raise UserError("the data set's folder is an empty name; name one, such as data/mine")
     in_repository = str(path).replace("\\", "/").startswith("data/")  # ./data/NAME does not
     return DATA.parent / path if in_repository else expanded(path)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -80,24 +81,25 @@ def bits_per_byte(figures, meta):
     return {"bits_per_byte": figures["val_loss_causal"] / math.log(2) / bytes_per_token} if bytes_per_token else {}
 
 
-def evaluate_checkpoint(out_dir, dataset, device, dtype):
+def evaluate_checkpoint(config):
     """
-    Evaluate the best checkpoint in out_dir on the validation windows of its run. Returns the row, as in metrics.jsonl,
-    and the run's max_iters. Raises UserError if the data set is not the run's.
+    Evaluate the best checkpoint in config.out_dir (config: a TrainConfig) on eval_iters batches of validation windows.
+    Returns the row, as in metrics.jsonl, and the run's max_iters. Raises UserError if the data set is not the run's.
     """
-    model, info = checkpoint.load(out_dir, "best", device)
+    out_dir = Path(config.out_dir)
+    model, info = checkpoint.load(out_dir, "best", config.device)
     if "config" not in info:
         raise UserError(f"{out_dir} does not come from train.py, so its data is unknown; name a run's folder")
-    config = info["config"]
+    run = info["config"]
     with ranks.main_first():
-        meta, splits = data.load_dataset(dataset, config["block_size"], config["vocab_size"], check=ranks.is_main())
+        meta, splits = data.load_dataset(config.dataset, run["block_size"], run["vocab_size"], check=ranks.is_main())
     if info["data"]["sha256"] != meta["sha256"]:
         raise UserError(
-            f"{out_dir} was trained on {info['data']['source']!r}, but {dataset} holds {meta['source']!r}; "
+            f"{out_dir} was trained on {info['data']['source']!r}, but {config.dataset} holds {meta['source']!r}; "
             "name the run's data set with --dataset"
         )
-    figures = evaluate(model, splits["val"], config["batch_size"], config["eval_iters"], dtype)
-    return {"step": info["step"], **figures, **bits_per_byte(figures, meta)}, config["max_iters"]
+    figures = evaluate(model, splits["val"], config.batch_size, config.eval_iters, config.dtype)
+    return {"step": info["step"], **figures, **bits_per_byte(figures, meta)}, run["max_iters"]
 
 
 def autocast(device, dtype):

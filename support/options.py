@@ -216,7 +216,7 @@ def _read_preset(path, fields):
 
 
 def convert(field, value, where):
-    """`value`, a text from the command line or a value from a preset, as the field's type."""
+    """`value`, a text from the command line or a value from Python, as the field's type."""
     if choices := get_args(field.type):
         matches = [choice for choice in choices if choice.lower() == str(value).lower()]
         if not matches:
@@ -224,6 +224,8 @@ def convert(field, value, where):
             raise UserError(f"{where} must be one of {', '.join(choices)}; got {str(value)!r}{hint}")
         return matches[0]
     expected = {bool: "True or False", int: "a whole number in digits", float: "a number", str: "a text in UTF-8"}
+    if isinstance(value, os.PathLike) and field.name in PATHS:
+        value = os.fspath(value)
     try:
         if field.type is bool:
             return {"true": True, "false": False}[str(value).lower()]
@@ -236,6 +238,12 @@ def convert(field, value, where):
         return field.type(value)
     except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"{where} expects {expected[field.type]}, got {value!r}") from None
+
+
+def checked(options):
+    """A copy of a dataclass of options, each value as its field's type. Raises UserError for one that does not fit."""
+    fields = dataclasses.fields(options)
+    return type(options)(**{field.name: convert(field, getattr(options, field.name), field.name) for field in fields})
 
 
 def _nearest(name, known):

@@ -334,6 +334,7 @@ ROWS = [
     ("plot", "run --out=folder.png", "cannot write the picture folder.png"),
     ("plot", "run --out=none/losses.png", "cannot write the picture none/losses.png"),
     ("prepare", "--input none --out new", "cannot read --input none"),
+    ("prepare", "--input empty --out=", "the data set's folder is an empty name; name one, such as data/mine"),
     ("prepare", "--input latin", "latin is not Tiny Shakespeare; name a folder for it, such as --out data/my_text"),
     ("prepare", "--input latin --out new", "latin is not UTF-8 (byte 1"),
     ("prepare", "--input empty --out new", "empty holds 0 characters, too few to split into train and val"),

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -184,9 +185,23 @@ def test_a_set_that_is_stopped_goes_on_inside_its_runs_and_ends_the_same(tmp_pat
     assert lines(results) == lines(tmp_path / "whole") and len(lines(results)) == 3
 
 
+def test_the_runs_of_another_experiment_are_not_this_ones(tmp_path, capsys):
+    for name, experiment in (("recall", isoflop), ("isoflop", recall), ("isoflop", known_depth)):
+        with pytest.raises(SystemExit, match="line 1 of .*runs.jsonl is not a run of this experiment .*--results"):
+            experiment.main(["draw", f"--results={ROOT / 'results' / name}"])
+    routing.main(["draw", f"--results={ROOT / 'results' / 'isoflop'}"])  # the same kind of run, but not measured so
+    assert capsys.readouterr().out.startswith("No runs in")
+
+
+def test_the_set_long_prints_its_table(tmp_path, capsys):
+    shutil.copy(ROOT / "results" / "long" / "runs.jsonl", tmp_path)
+    isoflop.main(["draw", f"--results={tmp_path}"])
+    assert "| MoD 4×64 | 0.00125 | 1" in capsys.readouterr().out
+
+
 def test_a_line_that_is_no_run_is_named(tmp_path):
     (tmp_path / "runs.jsonl").write_text('{"run": {"name": "a"}}\n{"run": {"nam', encoding="utf-8")
-    with pytest.raises(runner.UserError, match="line 2 of .*runs.jsonl is not a run"):
+    with pytest.raises(runner.UserError, match="line 2 of .*runs.jsonl is not a run of this experiment"):
         runner.read(tmp_path, FakeRun)
 
 

@@ -200,6 +200,14 @@ def test_an_error_on_the_first_rank_ends_the_others_too(small, start):
     assert str(ROOT / "train.py") not in out
 
 
+@pytest.mark.parametrize("variant", ["no_gate", "exploring_noise", "expert_threshold"])
+def test_a_variant_that_several_ranks_cannot_share_is_refused(small, monkeypatch, variant):
+    monkeypatch.setattr(ranks, "ranks", lambda: 2)
+    with pytest.raises(UserError, match=f"variant {variant} .*; use one"):
+        train.train(dataclasses.replace(small, variant=variant))
+    assert not Path(small.out_dir).exists()
+
+
 def test_a_rank_has_the_gpu_of_its_place_on_its_machine(monkeypatch):
     monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)

@@ -82,4 +82,14 @@ def test_nonsense_in_place_of_the_evaluations_is_one_line(tiny, metrics):
     path = Path(tiny.out_dir) / "metrics.jsonl"
     whole = path.read_text(encoding="utf-8").splitlines()[0]
     path.write_text(json.dumps(json.loads(whole) | json.loads(metrics)) if "low" in metrics else metrics)
-    assert f"{tiny.out_dir} is not the out_dir of a run: it needs" in told(plot, [tiny.out_dir])
+    reason = "is not the out_dir of a run: it needs" if metrics else "has no evaluation yet"
+    assert f"{tiny.out_dir} {reason}" in told(plot, [tiny.out_dir])
+
+
+def test_a_folder_that_is_not_a_run_is_left_out_with_a_line(tiny, tmp_path, capsys):
+    train.train(tiny)
+    (tmp_path / "out-gpt2").mkdir()
+    capsys.readouterr()
+    plot.main([str(tmp_path / "out-gpt2"), tiny.out_dir, "--out", str(tmp_path / "losses.png")])
+    left_out, *table = capsys.readouterr().out.splitlines()
+    assert left_out.startswith(f"Left out: {tmp_path / 'out-gpt2'} is not the out_dir of a run") and len(table) == 5

@@ -239,6 +239,20 @@ def test_resume_takes_the_runs_own_options_and_says_what_differs(tiny, capsys):
     assert group["weight_decay"] == 0.25 and group["betas"][0] == 0.5
 
 
+def test_with_half_the_batch_and_twice_the_micro_steps_a_run_goes_on(tiny, capsys):
+    tiny = dataclasses.replace(tiny, dropout=0.0, batch_size=4, gradient_accumulation_steps=1, decay_lr=False)
+    whole = train.train(dataclasses.replace(tiny, out_dir=tiny.out_dir + "-whole"))
+    train.train(dataclasses.replace(tiny, max_iters=tiny.max_iters // 2))
+    half = dataclasses.replace(tiny, batch_size=2, gradient_accumulation_steps=2, eval_iters=2 * tiny.eval_iters)
+    rows = train.train(dataclasses.replace(half, resume=True))
+    assert "batch_size was 4, now 2" in capsys.readouterr().out
+    assert rows[-1]["step"] == whole[-1]["step"]
+    for name in ("train_loss", "val_loss_causal"):
+        assert math.isclose(rows[-1][name], whole[-1][name], rel_tol=1e-5)
+    with pytest.raises(UserError, match="has other batches: batch_size was 2, now 4"):
+        train.train(dataclasses.replace(half, resume=True, batch_size=4))
+
+
 def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(tiny, capsys):
     config = dataclasses.replace(tiny, max_iters=12)
     whole = elsewhere(config, "whole")

@@ -15,7 +15,7 @@ import torch
 import sample
 import train
 from data.shakespeare_char import prepare
-from helpers import ROOT, equal, run
+from helpers import ROOT, equal, run, told
 from mod import GPT, GPTConfig
 from mode import forward_flops
 from support import checkpoint
@@ -248,12 +248,23 @@ def test_without_a_terminal_the_training_loss_is_printed_in_lines(tiny, capsys):
 def test_eval_only_gives_the_best_checkpoints_loss_and_changes_no_file(tiny, tmp_path, capsys):
     rows = train.train(tiny)
     before = {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()}
-    # The shape and the windows are the run's, whatever the options say.
-    (row,) = train.train(TrainConfig(eval_only=True, out_dir=tiny.out_dir, dataset=tiny.dataset, device="cpu"))
+    # The shape is the run's, whatever the options say.
+    windows = {"batch_size": tiny.batch_size, "eval_iters": tiny.eval_iters}
+    options = {"out_dir": tiny.out_dir, "dataset": tiny.dataset, "device": "cpu"}
+    (row,) = train.train(TrainConfig(eval_only=True, **options, **windows))
     assert row["val_loss_causal"] == min(row["val_loss_causal"] for row in rows)
     assert {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()} == before
     train.main(["--eval_only", f"--out_dir={tiny.out_dir}"])  # the data set is the run's too
     assert f"val loss {row['val_loss_causal']:.4f}" in capsys.readouterr().out.splitlines()[-1]
+    model, _ = checkpoint.load(Path(tiny.out_dir), "best", "cpu")
+    _, splits = load_dataset(tiny.dataset, tiny.block_size)
+    one = evaluate(model, splits["val"], 1, 1)["val_loss_causal"]
+    train.main(["--eval_only", f"--out_dir={tiny.out_dir}", "--batch_size=1", "--eval_iters=1"])
+    assert (
+        f"val loss {one:.4f}" in capsys.readouterr().out.splitlines()[-1] and abs(one - row["val_loss_causal"]) > 1e-3
+    )
+    line = told(train, ["--eval_only", f"--out_dir={tiny.out_dir}", f"--n_layer={tiny.n_layer}", "--capacity=0.5"])
+    assert "--capacity differs from the run's and has no effect with --eval_only; leave it out" in line
     (tmp_path / "text").write_text("0123456789" * 50)
     prepare.main(["--input", str(tmp_path / "text"), "--out", str(tmp_path / "other")])
     with pytest.raises(
@@ -272,6 +283,30 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(tiny):
     assert seeds == [2, 3]
 
 
+def test_options_from_python_are_checked_before_the_earlier_run_moves(tiny):
+    train.train(dataclasses.replace(tiny, out_dir=Path(tiny.out_dir), compile=False))  # a path and a bool are plain
+    for changes, line in (
+        ({"variant": None}, "variant expects a text in UTF-8, got None"),
+        (
+            {"dtype": "bf16"},
+            "dtype must be one of auto, float32, bfloat16, float16; got 'bf16'; did you mean bfloat16?",
+        ),
+        ({"max_iters": "two"}, "max_iters expects a whole number in digits, got 'two'"),
+        ({"n_layer": 2.0}, "n_layer expects a whole number in digits, got 2.0"),
+    ):
+        with pytest.raises(UserError, match=re.escape(line)):
+            train.train(dataclasses.replace(tiny, **changes))
+    with pytest.raises(UserError, match="temperature expects a number, got None"):
+        sample.sample(sample.SampleConfig(out_dir=tiny.out_dir, temperature=None))
+    assert not Path(tiny.out_dir + ".1").exists()
+
+
+def test_a_preset_does_not_resume(tiny, tmp_path):
+    (tmp_path / "preset.py").write_text("resume = True")
+    line = told(train, [str(tmp_path / "preset.py"), f"--out_dir={tiny.out_dir}"])
+    assert line == "train.py: resume belongs on the command line, not in a preset; run train.py --resume"
+
+
 def test_what_is_not_a_run_is_never_moved_or_overwritten(tiny):
     out_dir = Path(tiny.out_dir)
     out_dir.mkdir()
@@ -284,10 +319,13 @@ def test_what_is_not_a_run_is_never_moved_or_overwritten(tiny):
         with pytest.raises(TypeError):
             train.train(tiny)
     train.train(dataclasses.replace(tiny, out_dir=str(out_dir / "inner")))
+    with pytest.raises(UserError, match="run holds another run, .*inner; name another folder"):  # it may be at work
+        train.train(tiny)
+    assert (out_dir / "inner" / "last.json").exists() and not out_dir.with_name("run.1").exists()
+    (out_dir / "inner").rename(out_dir.with_name("elsewhere"))
     train.train(tiny)
     train.train(tiny)
-    kept = out_dir.with_name("run.1")
-    assert (kept / "notes.txt").exists() and (kept / "inner" / "last.json").exists()
+    assert (out_dir.with_name("run.1") / "notes.txt").exists()
 
 
 def test_a_run_that_diverges_stops_and_says_what_to_try(tiny):
