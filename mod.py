@@ -427,7 +427,7 @@ def pick_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         )
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # bfloat16 could not sum many probabilities for top_p. A temperature below 1e-30 would be 0 in float32.
+    # In float32, because bfloat16 cannot sum many probabilities for top_p. There 1e-46 would be 0.
     logits = logits.float() / max(temperature, 1e-30)
     if top_k > 0:
         kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]

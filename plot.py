@@ -12,12 +12,13 @@ import glob
 import json
 import os
 import statistics
+import sys
 import warnings
 from pathlib import Path
 
 from matplotlib.figure import Figure  # not pyplot, which would need a screen or change a notebook's settings
 
-from support.options import UserError, errors_in_one_line, expanded, printable, show
+from support.options import UserError, errors_in_one_line, expanded, printable
 
 AXES = {
     "flops": ("flops", "training FLOPs"),
@@ -45,10 +46,10 @@ def main(argv=None):
                 left_out.append(error)
         if not runs:
             raise left_out[0]
-        for error in left_out:
-            show(f"Left out: {error}")
         groups = group_by_setting(runs)
         print(table(groups))
+        for error in left_out:
+            print(printable(f"Left out: {error}"), file=sys.stderr)
         try:
             draw(groups, args.x, args.out)
         except (OSError, ValueError) as error:

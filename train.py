@@ -89,9 +89,9 @@ def train(config):
     Train as `config` (a TrainConfig) says. Writes checkpoints, metrics.jsonl and config.json to its out_dir.
 
     Returns the rows of metrics.jsonl: one dict per evaluation, with losses in nats per token. Raises UserError for
-    options or data that cannot work, before training, and if the run diverges. On Ctrl-C or SIGTERM it saves
-    and raises KeyboardInterrupt. With config.resume it continues the run in out_dir with exactly these options; the
-    command line fills in the run's own.
+    options or data that cannot work, before training, and if the run diverges. On Ctrl-C or SIGTERM it saves and raises
+    KeyboardInterrupt. With config.resume it continues the run in out_dir with exactly these options, and with
+    config.eval_only it evaluates eval_iters batches of batch_size windows; the command line fills in the run's own.
     """
     started = time.monotonic()
     config = options.checked(config)
@@ -109,7 +109,7 @@ def train(config):
     torch.manual_seed(config.seed)
     model = build(model_config(config, meta))
     if ranks.ranks() > 1 and any(name in model.state_dict() for name, _ in model.named_buffers()):
-        raise UserError(f"variant {config.variant} counts or averages over its passes, which differ by rank; use one")
+        raise UserError(f"variant {config.variant} counts its passes, which differ by rank; train on one rank")
     if config.init_from and not config.resume:
         checkpoint.start_from(Path(config.init_from), model, meta)
     model.to(config.device)
@@ -286,12 +286,16 @@ def options_of_the_run(preset, given):
     The options to use. With --resume or --eval_only these are the run's own, changed by the command line; of a preset
     only out_dir counts then.
     """
-    for name in {"resume", "eval_only"} & preset.keys():
+    for name in [name for name in ("resume", "eval_only") if preset.get(name)]:
         raise UserError(f"{name} belongs on the command line, not in a preset; run train.py --{name}")
     if not (given.get("resume") or given.get("eval_only")):
         return {**preset, **given}
     out_dir = {**preset, **given}.get("out_dir", TrainConfig.out_dir)
     saved = run.saved_options(Path(out_dir), whole=bool(given.get("resume")))
+    if saved is None and not given.get("resume"):  # a folder that holds the best checkpoint alone?
+        with contextlib.suppress(UserError, OSError, LookupError):
+            best = checkpoint.contents(Path(out_dir), "best")
+            saved = {**best["config"], **best.get("asked", {})}
     if saved is None and not given.get("resume"):
         return {**given, "out_dir": out_dir}
     if saved is None:
@@ -326,9 +330,9 @@ def resolve(config):
     hint = in_nanogpt.get(config.init_from.split("-")[0])
     if hint and not Path(config.init_from).is_dir():
         raise UserError(f"init_from is the folder of a model; for {config.init_from}, {hint}")
-    if config.variant == "no_gate" and ranks.ranks() > 1:
+    if config.variant == "no_gate" and ranks.ranks() > 1 and not config.eval_only:
         raise UserError(
-            "variant no_gate leaves routers without a gradient, which several ranks cannot exchange; use one"
+            "variant no_gate leaves routers without a gradient, which several ranks cannot exchange; train on one rank"
         )
     device = ranks.device(pick_device(config.device))
     if config.gradient_accumulation_steps % ranks.ranks() and not config.eval_only:

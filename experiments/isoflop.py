@@ -273,8 +273,8 @@ def main(argv=None):
         models = report.models_of(done)
         report.draw(models, args.results)
         tables = report.tables(models)
-        if {run.budget for run in done} == {LONG}:
-            tables["long"] = report.long_table(done)
+        if trained_long := {run: row for run, row in done.items() if (run.budget, run.n_embd) == (LONG, 64)}:
+            tables["long"] = report.long_table(trained_long)
         print(
             "\n\n".join(tables.values()) or f"Nothing to compare in {args.results} yet: the best models need all seeds"
         )

@@ -208,6 +208,11 @@ def table(T, done):
     return report.markdown(columns, rows)
 
 
+def takes_the_digits(line):
+    """Whether a router takes (nearly) all digits."""
+    return any(share >= LEARNED for share in line["report"]["digits_taken_causal"])
+
+
 @report.style
 def draw(done, path, T=64):
     """Recall with each seed, and whether a router takes the digits; what MoD takes with its best and its worst seed."""
@@ -223,7 +228,7 @@ def draw(done, path, T=64):
         for i, line in enumerate(found):
             taken = line["report"]["digits_taken_causal"]  # by each routed block
             color = report.LOOKS["MoD" if taken else "dense"]["color"]
-            fill = "full" if any(share >= LEARNED for share in taken) else "none"
+            fill = "full" if takes_the_digits(line) else "none"
             y = row + (i - (len(found) - 1) / 2) / 12  # one above another, where they are equal
             above.plot(line["report"]["recalled_causal"], y, "o", fillstyle=fill, color=color)
     above.set_yticks(range(len(models)), list(models))

@@ -20,8 +20,9 @@ import runpy
 import shlex
 import subprocess
 import sys
+from numbers import Integral, Real
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
 NANOGPT_PRESETS = {
@@ -233,8 +234,8 @@ def convert(field, value, where):
             value.encode("utf-8")  # it goes into JSON files, and a folder's name may be bytes that are no text
             if field.name in PATHS:
                 value = os.path.expanduser(value)
-        elif isinstance(value, bool) or not isinstance(value, (int, float) if field.type is float else field.type):
-            raise ValueError
+        elif isinstance(value, bool) or not isinstance(value, {int: Integral, float: Real}.get(field.type, str)):
+            raise ValueError  # Integral and Real: numpy's numbers are welcome
         return field.type(value)
     except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"{where} expects {expected[field.type]}, got {value!r}") from None
@@ -242,8 +243,9 @@ def convert(field, value, where):
 
 def checked(options):
     """A copy of a dataclass of options, each value as its field's type. Raises UserError for one that does not fit."""
-    fields = dataclasses.fields(options)
-    return type(options)(**{field.name: convert(field, getattr(options, field.name), field.name) for field in fields})
+    plain = (bool, int, float, str)  # a subclass may add fields of other types
+    fields = [f for f in dataclasses.fields(options) if f.type in plain or get_origin(f.type) is Literal]
+    return dataclasses.replace(options, **{f.name: convert(f, getattr(options, f.name), f.name) for f in fields})
 
 
 def _nearest(name, known):

@@ -148,7 +148,7 @@ def keep_earlier_run(out_dir):
     if found:
         for path in sorted(out_dir.glob("*/config.json")):  # another run, which may be at work, must not move along
             if not re.fullmatch(EARLIER, path.parent.name) and saved_options(path.parent):
-                raise UserError(f"{out_dir} holds another run, {path.parent}; name another folder with --out_dir")
+                raise UserError(f"{out_dir} holds another run, {path.parent}; move that one, or name another --out_dir")
         folder = out_dir.resolve()  # move the folder, not a link to it: the link may lead to a larger disk
         asides = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
         aside = next(path for path in asides if not os.path.lexists(path))
@@ -198,7 +198,8 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
     # With half the batch and twice the micro-steps, as for want of memory, a step reads the same sequences.
     sizes = ("batch_size", "gradient_accumulation_steps")
     batch = checkpoint.differences(before, now, sizes)
-    if batch and math.prod(before[name] for name in sizes) != math.prod(now[name] for name in sizes):
+    counts = any(name in model.state_dict() for name, _ in model.named_buffers())  # a variant that counts its passes
+    if batch and (counts or math.prod(before[name] for name in sizes) != math.prod(now[name] for name in sizes)):
         raise UserError(f"the run in {out_dir} has other batches: {batch}. Resume with its own options")
     if found["step"] > max_iters:
         raise UserError(

@@ -203,7 +203,7 @@ def test_an_error_on_the_first_rank_ends_the_others_too(small, start):
 @pytest.mark.parametrize("variant", ["no_gate", "exploring_noise", "expert_threshold"])
 def test_a_variant_that_several_ranks_cannot_share_is_refused(small, monkeypatch, variant):
     monkeypatch.setattr(ranks, "ranks", lambda: 2)
-    with pytest.raises(UserError, match=f"variant {variant} .*; use one"):
+    with pytest.raises(UserError, match=f"variant {variant} .*; train on one"):
         train.train(dataclasses.replace(small, variant=variant))
     assert not Path(small.out_dir).exists()
 

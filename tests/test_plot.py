@@ -91,5 +91,6 @@ def test_a_folder_that_is_not_a_run_is_left_out_with_a_line(tiny, tmp_path, caps
     (tmp_path / "out-gpt2").mkdir()
     capsys.readouterr()
     plot.main([str(tmp_path / "out-gpt2"), tiny.out_dir, "--out", str(tmp_path / "losses.png")])
-    left_out, *table = capsys.readouterr().out.splitlines()
-    assert left_out.startswith(f"Left out: {tmp_path / 'out-gpt2'} is not the out_dir of a run") and len(table) == 5
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"Left out: {tmp_path / 'out-gpt2'} is not the out_dir of a run")
+    assert printed.err.count("\n") == 1 and printed.out.count("| run") == 1

@@ -251,6 +251,10 @@ def test_with_half_the_batch_and_twice_the_micro_steps_a_run_goes_on(tiny, capsy
         assert math.isclose(rows[-1][name], whole[-1][name], rel_tol=1e-5)
     with pytest.raises(UserError, match="has other batches: batch_size was 2, now 4"):
         train.train(dataclasses.replace(half, resume=True, batch_size=4))
+    noisy = dataclasses.replace(tiny, variant="exploring_noise", out_dir=tiny.out_dir + "-noisy")
+    train.train(noisy)
+    with pytest.raises(UserError, match="has other batches"):  # it counts passes, and there would be twice as many
+        train.train(dataclasses.replace(noisy, resume=True, batch_size=2, gradient_accumulation_steps=2))
 
 
 def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_it_used(tiny, capsys):

@@ -263,6 +263,11 @@ def test_eval_only_gives_the_best_checkpoints_loss_and_changes_no_file(tiny, tmp
     assert (
         f"val loss {one:.4f}" in capsys.readouterr().out.splitlines()[-1] and abs(one - row["val_loss_causal"]) > 1e-3
     )
+    (tmp_path / "best").mkdir()  # a folder like pretrained/
+    for name in ("best.json", checkpoint.read(Path(tiny.out_dir), "best")["files"]["model"]["name"]):
+        (tmp_path / "best" / name).write_bytes((Path(tiny.out_dir) / name).read_bytes())
+    train.main(["--eval_only", f"--out_dir={tmp_path / 'best'}"])
+    assert f"val loss {row['val_loss_causal']:.4f}" in capsys.readouterr().out.splitlines()[-1]
     line = told(train, ["--eval_only", f"--out_dir={tiny.out_dir}", f"--n_layer={tiny.n_layer}", "--capacity=0.5"])
     assert "--capacity differs from the run's and has no effect with --eval_only; leave it out" in line
     (tmp_path / "text").write_text("0123456789" * 50)
@@ -296,6 +301,8 @@ def test_options_from_python_are_checked_before_the_earlier_run_moves(tiny):
     ):
         with pytest.raises(UserError, match=re.escape(line)):
             train.train(dataclasses.replace(tiny, **changes))
+    with pytest.raises(UserError, match="cannot be shared|max_iters must"):  # numpy's numbers are numbers
+        train.train(dataclasses.replace(tiny, learning_rate=np.float32(1e-3), max_iters=np.int64(-1)))
     with pytest.raises(UserError, match="temperature expects a number, got None"):
         sample.sample(sample.SampleConfig(out_dir=tiny.out_dir, temperature=None))
     assert not Path(tiny.out_dir + ".1").exists()
