@@ -326,7 +326,7 @@ def test_what_is_not_a_run_is_never_moved_or_overwritten(tiny):
         with pytest.raises(TypeError):
             train.train(tiny)
     train.train(dataclasses.replace(tiny, out_dir=str(out_dir / "inner")))
-    with pytest.raises(UserError, match="run holds another run, .*inner; name another folder"):  # it may be at work
+    with pytest.raises(UserError, match="run holds another run, .*inner; move that one"):  # it may be at work
         train.train(tiny)
     assert (out_dir / "inner" / "last.json").exists() and not out_dir.with_name("run.1").exists()
     (out_dir / "inner").rename(out_dir.with_name("elsewhere"))
