@@ -309,8 +309,8 @@ def options_of_the_run(preset, given):
         print("The run's own options apply; of the preset only out_dir is used")
     fields = [field for field in dataclasses.fields(TrainConfig) if field.name in saved]
     saved = {field.name: options.convert(field, saved[field.name], f"{out_dir}: {field.name}") for field in fields}
-    free = {"eval_only", "out_dir", "dataset", "device", "dtype", "batch_size", "eval_iters"}
-    idle = sorted(name for name in given.keys() - free if given[name] != saved.get(name))
+    of_the_model = {field.name for field in dataclasses.fields(MoDEConfig)}
+    idle = sorted(name for name in given.keys() & of_the_model if given[name] != saved.get(name))
     if given.get("eval_only") and idle:
         raise UserError(f"--{idle[0]} differs from the run's and has no effect with --eval_only; leave it out")
     if {"max_iters", "flop_budget"} & given.keys():  # either one replaces the run's old length
