@@ -427,7 +427,7 @@ def pick_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         )
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # In float32, because bfloat16 cannot sum many probabilities for top_p. There 1e-46 would be 0.
+    # float32, because bfloat16 cannot add up many probabilities for top_p. A temperature near 0 must not round to 0.
     logits = logits.float() / max(temperature, 1e-30)
     if top_k > 0:
         kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]

@@ -108,7 +108,7 @@ def train(config):
         meta, data = load_dataset(config.dataset, config.block_size, config.vocab_size, check=ranks.is_main())
     torch.manual_seed(config.seed)
     model = build(model_config(config, meta))
-    if ranks.ranks() > 1 and any(name in model.state_dict() for name, _ in model.named_buffers()):
+    if ranks.ranks() > 1 and run.counts_passes(model):
         raise UserError(f"variant {config.variant} counts its passes, which differ by rank; train on one rank")
     if config.init_from and not config.resume:
         checkpoint.start_from(Path(config.init_from), model, meta)
@@ -292,12 +292,12 @@ def options_of_the_run(preset, given):
         return {**preset, **given}
     out_dir = {**preset, **given}.get("out_dir", TrainConfig.out_dir)
     saved = run.saved_options(Path(out_dir), whole=bool(given.get("resume")))
-    if saved is None and not given.get("resume"):  # a folder that holds the best checkpoint alone?
-        with contextlib.suppress(UserError, OSError, LookupError):
+    if saved is None and not given.get("resume"):
+        try:  # a folder may hold the best checkpoint alone
             best = checkpoint.contents(Path(out_dir), "best")
             saved = {**best["config"], **best.get("asked", {})}
-    if saved is None and not given.get("resume"):
-        return {**given, "out_dir": out_dir}
+        except (UserError, OSError, LookupError):
+            return {**given, "out_dir": out_dir}
     if saved is None:
         runs = sorted(str(path.parent) for path in Path().glob("*/config.json") if run.saved_options(path.parent))
         advice = f"one of {', '.join(runs)}" if runs else "or start a run without --resume"

@@ -43,7 +43,7 @@ TASKS = {  # characters in a window: times that it holds the code, width of the 
     512: (8, 32, 1e13),
 }
 TOKENS_PER_STEP, MEASURED = 1024, 512  # MEASURED: windows
-LEARNED = 0.9  # a model that recalls this share of the digits has learned the task; likewise a router that takes it
+LEARNED = 0.9  # the share of the digits that counts as all: recalled by a model, or taken by a router
 
 MODELS = {  # "1 + 1" is an ordinary and a routed block
     "dense, 2 layers": {"n_layer": 2, "route_every": 0},
@@ -253,7 +253,7 @@ def main(argv=None):
     args = runner.arguments(__doc__.split("\n\n")[0].strip(), sets, "out-recall").parse_args(argv)
     with errors_in_one_line("recall.py", "try fewer --jobs"):
         if args.set != "draw":
-            load_dataset(DATASET, int(args.set))  # if it is missing, not each process shall download it
+            load_dataset(DATASET, int(args.set))  # here, so that the processes do not each download it
             runner.run_all(sets[args.set], Run, execute, args.results, args.jobs)
         done = runner.read(args.results, Run)
         tables = {T: table(int(T), done) for T in sets}

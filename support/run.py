@@ -198,8 +198,8 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
     # With half the batch and twice the micro-steps, as for want of memory, a step reads the same sequences.
     sizes = ("batch_size", "gradient_accumulation_steps")
     batch = checkpoint.differences(before, now, sizes)
-    counts = any(name in model.state_dict() for name, _ in model.named_buffers())  # a variant that counts its passes
-    if batch and (counts or math.prod(before[name] for name in sizes) != math.prod(now[name] for name in sizes)):
+    as_many = math.prod(before[name] for name in sizes) == math.prod(now[name] for name in sizes)
+    if batch and (counts_passes(model) or not as_many):
         raise UserError(f"the run in {out_dir} has other batches: {batch}. Resume with its own options")
     if found["step"] > max_iters:
         raise UserError(
@@ -233,6 +233,11 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
             show(f"The best checkpoint is lost ({lost}); the next evaluation replaces it")
         best = math.inf
     return Progress(found["step"], found["rows"], best, saved=found["step"], **state["progress"])
+
+
+def counts_passes(model):
+    """Whether a variant keeps a state that each training pass changes, so that the number of passes matters."""
+    return any(name in model.state_dict() for name, _ in model.named_buffers())
 
 
 def save(out_dir, model, stateful, progress, info, stop):
