@@ -4,7 +4,7 @@
 #   8 GPUs:   torchrun --standalone --nproc_per_node=8 train.py config/owt_mod_124m.py
 #   2 nodes:  docs/scaling.md
 #
-# It trains with the FLOPs of owt_dense_124m.py. A forward pass has 0.675 of the dense one's FLOPs, not the 0.56 of the
+# It trains with the FLOPs of owt_dense_124m.py. A forward pass has 0.675 of the dense one's FLOPs, not the 0.55 of the
 # blocks alone, because the head over 50,304 tokens is large at this size and not routed.
 #
 # Computed, not measured: 826,584 steps, 433 billion tokens; at an MFU of 40% on H100s (989 TFLOP/s) 176 hours on 1,
