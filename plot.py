@@ -26,7 +26,6 @@ AXES = {
     "tokens": ("tokens", "training tokens"),
     "time": ("train_seconds", "seconds of training"),
 }
-OF_ROUTING = {"capacity", "variant", "causal_method", "predictor_hidden", "aux_weight", "n_expert", "n_noop", "staged"}
 
 
 def main(argv=None):
@@ -78,20 +77,16 @@ def read_run(name):
 
 
 def group_by_setting(runs):
-    """Group the runs that differ only in seed and folders; returns pairs (name, runs)."""
+    """Group the runs that differ only in seed and folders and are equally long; returns pairs (name, runs)."""
     by_setting = {}
     for run in runs:
         config = run["config"]
         ignored = {"seed", "out_dir", "dataset", "resume"}
-        # Options without effect: in a dense model, without experts, and where experts replace the routing over depth.
         if not config["route_every"]:
-            ignored |= OF_ROUTING
-        if not config["route_every"] or not config.get("n_expert"):
-            ignored |= {"expert_capacity"}
-        elif not config["staged"]:
-            ignored |= {"capacity"}
+            ignored |= {"aux_weight", "predictor_hidden"}  # without effect in a dense model
         setting = {name: value for name, value in config.items() if name not in ignored}
-        key = json.dumps([setting, run["facts"]["data"]["text_sha256"]], sort_keys=True)
+        # A run that was stopped early is no second measurement of a finished one: hence the last step.
+        key = json.dumps([setting, run["facts"]["data"]["text_sha256"], run["rows"][-1]["step"]], sort_keys=True)
         while any(config["seed"] == other["config"]["seed"] for other in by_setting.get(key, [])):
             key += " again"  # repeating a seed is not a second measurement
         by_setting.setdefault(key, []).append(run)

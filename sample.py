@@ -99,12 +99,11 @@ def sample(config):
         print("-" * 80)
         printer.add_all(text, row)
         printer.close()
-    n_layer = model.config.n_layer
-    used = n_layer - len(layers) + taken.sum(dim=0).double().mean().item()
+    routed = f"; the routed blocks took {taken.double().mean():.1%} of the tokens" if layers else ""
     print(
         f"{config.num_samples} x {config.max_new_tokens} tokens in {seconds:.2f} s, "
-        f"{config.num_samples * config.max_new_tokens / seconds:,.0f} tokens/s; KV cache {cache_bytes / 1e6:.2f} MB; "
-        f"a token went through {used:.2f} of {n_layer} blocks ({used / n_layer:.0%})",
+        f"{config.num_samples * config.max_new_tokens / seconds:,.0f} tokens/s; "
+        f"KV cache {cache_bytes / 1e6:.2f} MB{routed}",
         file=sys.stderr,
     )
     try:

@@ -79,7 +79,7 @@ class TrainConfig(MoDEConfig):
 
 
 def main(argv=None):
-    advice = "halve --batch_size and double --gradient_accumulation_steps, which is the same training"
+    advice = "halve --batch_size and double --gradient_accumulation_steps and --eval_iters, which is the same training"
     with errors_in_one_line("train.py", advice), ranks.joined():
         train(load(TrainConfig, argv, __doc__.split(":")[0], preset=True, combine=options_of_the_run))
 
@@ -118,9 +118,6 @@ def train(config):
     # By convention a backward pass costs twice its forward pass. Evaluation is not counted.
     step_flops = 3 * sequences_per_step * model.flops(config.block_size)
     config = dataclasses.replace(config, max_iters=number_of_steps(config, step_flops))
-    optimizer = configure_optimizer(model, config)
-    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
-    stateful = {"optimizer": optimizer, "scaler": scaler}
     tokens = " and ".join(f"{len(split):,} {name}" for name, split in data.items())
     show(f"{meta['source']}: {tokens} tokens, a vocabulary of {meta['vocab_size']}")
     print(describe(model, config.device, config.dtype, config.compile == "True"))
@@ -128,11 +125,16 @@ def train(config):
         f"{config.max_iters:,} steps of {tokens_per_step:,} tokens, {config.max_iters * step_flops:.3g} training FLOPs "
         "(3 x the top-k forward pass, evaluation not counted)"
     )
+    if config.warmup_iters >= config.max_iters:
+        print(f"The warm-up of {config.warmup_iters:,} steps is as long as the run, so the rate never reaches its peak")
 
     out_dir = Path(config.out_dir)
     if config.resume and not out_dir.is_dir():
         raise UserError(f"nothing to resume in {out_dir}: there is no such folder")
     with contextlib.ExitStack() as held, Stop() as stop:
+        optimizer = configure_optimizer(model, config)
+        scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
+        stateful = {"optimizer": optimizer, "scaler": scaler}
         # Continue the run in out_dir, or move it aside. It is never overwritten.
         info = {"config": asdict(config), "asked": asked, "versions": versions(config.device), "data": meta}
         info |= {"parameters": model.num_parameters(), "flops_per_step": step_flops}
@@ -310,9 +312,11 @@ def options_of_the_run(preset, given):
     fields = [field for field in dataclasses.fields(TrainConfig) if field.name in saved]
     saved = {field.name: options.convert(field, saved[field.name], f"{out_dir}: {field.name}") for field in fields}
     of_the_model = {field.name for field in dataclasses.fields(MoDEConfig)}
-    idle = sorted(name for name in given.keys() & of_the_model if given[name] != saved.get(name))
-    if given.get("eval_only") and idle:
-        raise UserError(f"--{idle[0]} differs from the run's and has no effect with --eval_only; leave it out")
+    without_effect = {"init_from"} | (of_the_model if given.get("eval_only") else set())
+    idle = sorted(name for name in given.keys() & without_effect if given[name] != saved.get(name))
+    if idle:
+        how = "eval_only" if given.get("eval_only") else "resume"
+        raise UserError(f"--{idle[0]} differs from the run's and has no effect with --{how}; leave it out")
     if {"max_iters", "flop_budget"} & given.keys():  # either one replaces the run's old length
         saved |= {"max_iters": 0, "flop_budget": 0.0}
     return {**saved, **given, "out_dir": out_dir}
@@ -326,9 +330,15 @@ def resolve(config):
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name} must be in [0, 1), got {getattr(config, name)}")
-    in_nanogpt = {"scratch": "leave it out", "resume": "use --resume", "gpt2": "run python -m support.gpt2 first"}
-    hint = in_nanogpt.get(config.init_from.split("-")[0])
-    if hint and not Path(config.init_from).is_dir():
+    if config.decay_lr and config.min_lr > config.learning_rate and not config.eval_only:
+        raise UserError(
+            f"min_lr {config.min_lr:g} is above learning_rate {config.learning_rate:g}, so the rate would rise; "
+            f"lower it too, such as --min_lr={config.learning_rate / 10:g}"
+        )
+    in_nanogpt = {"scratch": "leave it out", "resume": "use --resume"}
+    in_nanogpt |= {f"gpt2{size}": "run python -m support.gpt2 first" for size in ("", "-medium", "-large", "-xl")}
+    hint = in_nanogpt.get(config.init_from)
+    if hint and not config.resume and not Path(config.init_from).is_dir():
         raise UserError(f"init_from is the folder of a model; for {config.init_from}, {hint}")
     if config.variant == "no_gate" and ranks.ranks() > 1 and not config.eval_only:
         raise UserError(
@@ -350,13 +360,20 @@ def resolve(config):
 
 def model_config(config, meta):
     """The model's own config, a GPTConfig or MoDEConfig, with the data set's vocabulary unless a larger one is set."""
-    if not config.n_expert and (config.staged or config.n_noop):
-        raise UserError("staged and n_noop need experts, got n_expert 0; set it, such as --n_expert=4")
-    if config.n_expert and not 0 < config.route_every <= config.n_layer:
+    if config.route_every > config.n_layer:
         raise UserError(
-            f"n_expert is {config.n_expert}, but only routed blocks have experts, and route_every {config.route_every} "
-            f"routes none of {config.n_layer} blocks; set route_every between 1 and {config.n_layer}"
+            f"route_every {config.route_every} routes none of {config.n_layer} blocks; "
+            "use more blocks, or --route_every=0 for a dense GPT"
         )
+    without_effect = (
+        (not config.route_every, "capacity causal_method variant n_expert", "in a dense GPT"),
+        (not config.n_expert, "expert_capacity n_noop staged", "without experts; set --n_expert, such as --n_expert=4"),
+        (config.n_expert and not config.staged, "capacity", "beside experts that are not staged; set --staged"),
+    )
+    for applies, names, where in without_effect:
+        for name in names.split() if applies else ():
+            if getattr(config, name) != getattr(TrainConfig, name):
+                raise UserError(f"{name} {getattr(config, name)} has no effect {where}")
     cls = config_class(asdict(config))
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}
     values["vocab_size"] = config.vocab_size or meta["vocab_size"]

@@ -14,6 +14,7 @@ under names that no JSON uses yet, and last.json at the end. So a kill at any mo
 import contextlib
 import itertools
 import json
+import os
 import re
 from dataclasses import asdict
 
@@ -70,10 +71,9 @@ def contents(out_dir, name):
     if not path.is_file() and (out_dir / "config.json").is_file():
         raise UserError(f"no checkpoint {path}: the run has not saved one; start it again without --resume")
     if not path.is_file():
-        raise UserError(
-            f"no checkpoint {path}; name another folder with --out_dir, "
-            f"or train one: {command('python', 'train.py', 'config/shakespeare_mod.py', f'--out_dir={out_dir}')}"
-        )
+        train = command("python", "train.py", "config/shakespeare_mod.py", f"--out_dir={out_dir}")
+        advice = "" if os.path.lexists(out_dir) else f", or train one: {train}"
+        raise UserError(f"no checkpoint {path}; name another folder with --out_dir{advice}")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         found = info["format"]

@@ -38,6 +38,7 @@ INSTEAD = {  # of options that nanoGPT or an earlier version has
     "wandb_project": "use --wandb=PROJECT",
     "wandb_run_name": "leave it out, a run is named after its out_dir",
     "backend": "leave it out, it follows from the device",
+    "lr": "use --learning_rate",
     "init_from": "name the model's folder with --out_dir",  # in sample.py
     "compile": "leave it out, sampling is not compiled",
 }
@@ -251,7 +252,8 @@ def checked(options):
 def _nearest(name, known):
     if instead := INSTEAD.get(str(name).removeprefix("--")):
         return f"; {instead}"
-    found = difflib.get_close_matches(str(name), list(known), n=1)
+    begin_so = [option for option in known if option.startswith(str(name))]
+    found = begin_so or difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {found[0]}?" if found else ""
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mod import capacity_in_tokens
 from mode import MoDE, forward_flops
 from support import ranks
 from support.options import UserError
@@ -62,13 +63,17 @@ def report(row, max_iters):
 def describe(model, device, dtype, compiled):
     c, routed = model.config, len(model.routed_blocks)
     variant = f", {c.variant}" if c.variant else ""
+
+    def real(capacity):  # a short context rounds it: 12.5% of 4 tokens is 1 token, 25%
+        return f"{capacity_in_tokens(capacity, c.block_size) / c.block_size:.1%}"
+
     shares = sorted({getattr(block, "capacity", c.capacity) for block in model.routed_blocks}, reverse=True)
-    capacity = " to ".join(f"{share:.1%}" for share in dict.fromkeys((*shares[:1], *shares[-1:])))
+    capacity = " to ".join(dict.fromkeys(real(share) for share in (*shares[:1], *shares[-1:])))
     kind = f"MoD ({routed} of {c.n_layer} blocks routed at {capacity} capacity{variant})" if routed else "Dense"
     if routed and isinstance(model, MoDE):
         noops = f" and {c.n_noop} no-ops" if c.n_noop else ""
         what = f"{c.n_expert} experts at {c.expert_capacity:.1%} capacity{noops}"
-        around = f", routed at {c.capacity:.1%}" if c.staged else ""
+        around = f", routed at {real(c.capacity)}" if c.staged else ""
         kind = f"{'MoDE' if c.staged or c.n_noop else 'MoE'} ({routed} of {c.n_layer} blocks with {what}{around})"
     share = model.flops(c.block_size) / forward_flops(dataclasses.replace(c, route_every=0), c.block_size)
     saving = f", {share:.2f} of the dense FLOPs" if routed else ""

@@ -141,6 +141,14 @@ def place(tmp_path_factory, dataset):
 # The command, its arguments ("..." stands for the options of a run that works), and part of the line.
 ROWS = [
     ("train", "... --learning_rat=1", "unknown option --learning_rat; did you mean --learning_rate?"),
+    ("train", "... --lr=1", "unknown option --lr; use --learning_rate"),
+    ("sample", "--temp=1", "unknown option --temp; did you mean --temperature?"),
+    ("train", "... --learning_rate=1e-5", "min_lr 0.0001 is above learning_rate 1e-05, so the rate would rise; lower it"),
+    ("train", "... --route_every=3", "route_every 3 routes none of 2 blocks; use more blocks, or --route_every=0"),
+    ("train", "... --route_every=0 --capacity=0.5", "capacity 0.5 has no effect in a dense GPT"),
+    ("train", "... --route_every=0 --variant=stochastic", "variant stochastic has no effect in a dense GPT"),
+    ("train", "... --expert_capacity=0.5", "expert_capacity 0.5 has no effect without experts; set --n_expert"),
+    ("train", "... --n_expert=2 --capacity=0.5", "capacity 0.5 has no effect beside experts that are not staged; set"),
     ("train", "... --qqqq=1", "unknown option --qqqq; --help lists them all"),
     (
         "train",
@@ -217,7 +225,7 @@ ROWS = [
     (
         "train",
         "... --n_embd=400000",
-        "; halve --batch_size and double --gradient_accumulation_steps, which is the same training",
+        "; halve --batch_size and double --gradient_accumulation_steps and --eval_iters, which is the same training",
     ),
     ("train", "... --out_dir=caf\udce9", "--out_dir expects a text in UTF-8, got 'caf\\udce9'"),
     ("train", "... --vocab_size=7", "vocab_size 7 is smaller than the data set's vocabulary, 28"),

@@ -42,6 +42,15 @@ def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_pat
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_was_stopped_early_is_no_seed_of_a_finished_one(tiny, tmp_path):
+    for seed in (1, 2):
+        train.train(dataclasses.replace(tiny, seed=seed, out_dir=str(tmp_path / str(seed))))
+    metrics = tmp_path / "2" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+    groups = plot.group_by_setting([plot.read_run(tmp_path / name) for name in "12"])
+    assert [run["rows"][-1]["step"] for _, (run,) in groups] == [6, 3]
+
+
 def test_a_name_is_drawn_as_it_is(tiny, tmp_path, monkeypatch):
     train.train(tiny)
     names = ["cash$$", r"$\frac$", "_hidden", "\u6c34"]
