@@ -41,7 +41,7 @@ class LayerCache:
         if tokens <= allocated:
             return
         size = math.ceil(max(tokens, 1.5 * allocated) / self.CHUNK) * self.CHUNK
-        size = max(tokens, min(size, self.block_size))  # no row is longer than block_size
+        size = min(size, self.block_size)  # no row is longer than block_size
         # Zeros, because attention gives a masked token weight 0, but 0 times a NaN left in memory is NaN.
         room = like.new_zeros(len(self.length), like.size(1), size - allocated, like.size(3))
         self.k = torch.cat((self.k, room), dim=2) if allocated else room
@@ -70,7 +70,7 @@ class Slots:
         self.new = self.stored, slice(None), slice(self.end - T, self.end)  # selects where the new tokens go
         if ragged:  # one token per row, and the rows have different lengths
             self.slot = slot
-            self.new = index[:, None], slice(None), slot[:, None]
+            self.new = index, slice(None), slot
             self.mask = torch.arange(self.end, device=device) <= slot[:, None, None, None]  # (n, 1, 1, S)
 
 
@@ -90,8 +90,8 @@ class View:
         """
         layer, slots = self.layer, self.slots
         layer.reserve(slots.end, k)
-        if slots.mask is not None:  # with two index tensors, PyTorch puts their dimension first: (n, 1, nh, hs)
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if slots.mask is not None:  # one token per row, each to its own place: (n, nh, hs)
+            k, v = k.squeeze(2), v.squeeze(2)
         layer.k[slots.new], layer.v[slots.new] = k, v  # padding too: the row's next tokens overwrite it
         for row, n in zip(slots.rows, self.counts):
             layer.length[row] += n
@@ -129,7 +129,7 @@ class KVCache:
 
 def to_device(numbers, device):
     """A tensor of these Python numbers. On CUDA the copy is queued from pinned memory, so Python does not wait."""
-    numbers, on_cuda = torch.tensor(numbers), torch.device(device).type == "cuda"
+    numbers, on_cuda = torch.tensor(numbers, device="cpu"), torch.device(device).type == "cuda"
     return numbers.pin_memory().to(device, non_blocking=True) if on_cuda else numbers.to(device)
 
 
@@ -185,7 +185,7 @@ def stream(model, prompts, max_new_tokens, cache=None, seed=None, **options):
     prompts: a tensor (B, T), or lists of different lengths. A row whose window is full restarts alone, as in
     GPT.generate. options: see pick_token. Pass a KVCache(config, B) of your own to watch it. If all prompts have the
     same length, each routed block's `taken` covers the prompts (B, T) at the first yield. Later, its last column
-    belongs to the newest token.
+    belongs to the token yielded before, because the newest one is read in the next step.
     """
     block_size, device = model.config.block_size, model.lm_head.weight.device
     texts = [torch.as_tensor(prompt).tolist() for prompt in prompts]

@@ -34,7 +34,7 @@ class GPTConfig:
     bias: bool = True  # biases in linear layers and LayerNorms, as in GPT-2
     capacity: float = 0.125  # share of the tokens that a routed block processes, in (0, 1]
     route_every: int = 2  # 2: blocks 1, 3, 5, ... are routed; 1: every block; 0: none, a plain dense GPT
-    causal_method: Literal["predictor", "router"] = "predictor"  # what picks tokens in sampling, where top-k cannot
+    causal_method: Literal["predictor", "router"] = "predictor"  # picks in sampling: a predictor, or the router if r > 0
     predictor_hidden: int = 32  # hidden units of the predictor
     variant: str = ""  # a routed block from variants.py, such as sigmoid_gate; empty: the paper's
 
@@ -82,8 +82,10 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v, mask = cache.append(k, v)  # all keys and values so far, the new ones last
         dropout = self.dropout if self.training else 0.0
-        # A single token sees every stored key. With is_causal it would see the first key only.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1)
+        # With a cache, a single token sees every stored key; is_causal would show it the first one only. Without one,
+        # do not look at T: torch.compile makes a length that varies symbolic, and is_causal must be a plain bool.
+        causal = cache is None or (mask is None and T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -160,20 +162,16 @@ class RoutedBlock(Block):
         super().__init__(config)
         self.capacity = config.capacity
         self.router = nn.Linear(config.n_embd, 1, bias=False)
-        self.predictor = self.make_predictor(config)
+        self.predictor = None  # predicts top-k; None where nothing trains it
+        if self.has_routing_loss and config.causal_method == "predictor":
+            self.predictor = nn.Sequential(
+                nn.Linear(config.n_embd, config.predictor_hidden), nn.GELU(), nn.Linear(config.predictor_hidden, 1)
+            )
         self.taken = self.logits = None
 
-    def make_predictor(self, config):
-        """The module that predicts top-k, or None if nothing trains it."""
-        if not self.has_routing_loss or config.causal_method == "router":
-            return None
-        return nn.Sequential(
-            nn.Linear(config.n_embd, config.predictor_hidden), nn.GELU(), nn.Linear(config.predictor_hidden, 1)
-        )
-
     def forward(self, x, positions, routing="topk", cache=None):
-        # Routing keeps the precision of the router's weights, also under autocast and in a bfloat16 model. bfloat16
-        # would round many router weights to the same number, and top-k would pick among them arbitrarily.
+        # Routing runs in the dtype of the router's parameters: float32, also under autocast and after set_dtype in
+        # cache.py. In bfloat16 many tokens would get the same r, and top-k would pick among them arbitrarily.
         with no_autocast(x):
             y = x.to(self.router.weight.dtype)
             r = self.router(y).squeeze(-1)  # (B, T)
@@ -255,9 +253,11 @@ def routed_block_class(variant):
     """RoutedBlock, or the class in variants.py with this name. Raises ValueError for an unknown name."""
     if not variant:
         return RoutedBlock
-    from variants import named  # not at the top, because variants.py imports this file
+    from variants import VARIANTS  # not at the top, because variants.py imports this file
 
-    return named(variant)
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}; variants.py lists {', '.join(VARIANTS)}")
+    return VARIANTS[variant]
 
 
 def capacity_in_tokens(capacity, T):
@@ -266,7 +266,7 @@ def capacity_in_tokens(capacity, T):
 
 
 def no_autocast(x):
-    """A context that turns autocast off for the device of x, or does nothing if it is off."""
+    """A context that turns autocast off for the device of x. It does nothing where autocast is off or absent."""
     device = x.device.type
     if x.is_meta or not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
@@ -293,7 +293,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # weight tying
-        self.last_routing = None  # "topk" or "causal": of the last pass, which routing_loss scores
+        self.last_routing = None  # "topk" or "causal": the routing of the last pass, which routing_loss checks
 
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
@@ -359,7 +359,7 @@ class GPT(nn.Module):
         modules = self.routing_modules
         if not modules:
             return self.lm_head.weight.new_zeros(())
-        if self.last_routing != "topk":
+        if self.last_routing != "topk" or modules[0].taken is None:  # a copy of the model has no last pass
             raise RuntimeError('routing_loss() scores the last pass, which must have routing="topk"')
         losses = [F.binary_cross_entropy_with_logits(m.logits, m.taken.to(m.logits.dtype)) for m in modules]
         return torch.stack(losses).mean()
@@ -430,8 +430,8 @@ def pick_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     # float32, because bfloat16 cannot add up many probabilities for top_p. A temperature near 0 must not round to 0.
     logits = logits.float() / max(temperature, 1e-30)
     if top_k > 0:
-        kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth_best, -math.inf)
+        best = logits.topk(min(top_k, logits.size(-1)))  # exactly top_k, also where logits are equal
+        logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
     p = logits.softmax(dim=-1)
     if top_p == 1:
         return torch.multinomial(p, 1, generator=generator).squeeze(-1)

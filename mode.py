@@ -22,7 +22,7 @@ from mod import GPT, Block, GPTConfig, RoutedBlock, capacity_in_tokens, linear_f
 
 @dataclass
 class MoDEConfig(GPTConfig):
-    n_expert: int = 4  # experts that replace the MLP in each routed block (0: no experts)
+    n_expert: int = 4  # experts that replace the MLP in each routed block (in train.py 0 keeps the MLP)
     n_noop: int = 0  # no-op experts beside the real ones, for integrated MoDE
     expert_capacity: float = 0.25  # share of a block's tokens that each expert processes, in (0, 1]
     staged: bool = False  # True: experts inside a routed block (staged MoDE); False: every token gets attention
@@ -80,7 +80,8 @@ class Mixture(nn.Module):
     probability that is left for the real experts.
 
     Causally, expert e takes the tokens whose logit e is positive, as in RoutedBlock. A predictor behind a stop-gradient
-    learns to predict top-k. The weight is still p. Each pass leaves `taken` and `logits` (B, T, E).
+    learns to predict top-k. The weight is still p. Each pass leaves `taken` and `logits` (B, T, E). In a staged block
+    T counts the tokens that the block computes, fillers of a causal pass included (their gate is 0).
     """
 
     has_routing_loss = True

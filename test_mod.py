@@ -29,7 +29,7 @@ KINDS = [
 ]
 CONTROLS = ("stochastic", "position")
 kinds = pytest.mark.parametrize("kind", KINDS, ids=["predictor", "router", "stochastic", "position"])
-# With experts (mode.py): what holds for every model, not for equation (1) alone. The others are in test_mode.py.
+# Models with experts (mode.py). They take the tests that hold for every model; their own are in tests/test_mode.py.
 EXPERTS = [dict(n_expert=3), dict(n_expert=3, staged=True), dict(n_expert=2, n_noop=2, expert_capacity=0.125)]
 all_kinds = pytest.mark.parametrize(
     "kind", KINDS + EXPERTS, ids=["predictor", "router", "stochastic", "position", "moe", "staged", "integrated"]
@@ -422,9 +422,8 @@ def test_under_topk_a_later_token_can_change_an_earlier_output():
 def test_the_gate_is_the_raw_router_weight_and_does_not_depend_on_other_tokens():
     block, x = make(capacity=1.0).transformer.h[1], inputs()
     longer = torch.cat((x, 3 * inputs(T=8, seed=5)), dim=1)
-    assert close(
-        run(block, x), run(block, longer)[:, :32]
-    )  # a softmax over the sequence would shrink with each token more
+    # A softmax over the sequence would shrink with each further token.
+    assert close(run(block, x), run(block, longer)[:, :32])
     assert close(run(block, x), x + (x @ block.router.weight[0]).unsqueeze(-1) * block.update(x, places(x)))
 
 
@@ -534,8 +533,9 @@ def test_a_training_pass_compiles_without_a_graph_break(kind):
             torch.compiler.reset()
             model.compile(backend="aot_eager", fullgraph=True)
         torch.manual_seed(0)
-        _, loss = model(tokens(), tokens(seed=9))
-        (loss + model.routing_loss()).backward()
+        for T in (32, 16):  # the second length makes T symbolic
+            _, loss = model(tokens()[:, :T], tokens(seed=9)[:, :T])
+            (loss + model.routing_loss()).backward()
         results.append([loss.detach(), model.routing_loss().detach(), *(p.grad for p in model.parameters())])
     assert all(close(ours, theirs) for ours, theirs in zip(*results))
 
@@ -694,7 +694,11 @@ def test_top_p_keeps_as_many_tokens_in_bfloat16_as_it_should(monkeypatch):
     assert abs(int((drawn[0] > 0).sum()) - int((p.cumsum(-1) - p < 0.99).sum())) <= 3
 
 
-def test_top_p_keeps_no_token_more_than_it_needs():
+def test_top_k_keeps_exactly_top_k_tokens_of_equal_logits():
+    assert len(pick_token(torch.zeros(1000, 4), top_k=2).unique()) == 2
+
+
+def test_top_p_keeps_no_more_tokens_than_it_needs():
     assert len(pick_token(torch.zeros(1000, 4), top_p=0.5).unique()) == 2  # 0.25 each
 
 
@@ -932,18 +936,18 @@ def test_the_caller_sees_what_was_taken_on_the_way():
         (dict(causal_method="oracle"), "causal_method must be predictor or router, got 'oracle'"),
     ],
 )
-def test_a_config_that_cannot_work_is_told_in_one_line(changes, message):
+def test_a_config_that_cannot_work_is_explained_in_one_line(changes, message):
     with pytest.raises(ValueError) as error:
         GPTConfig(**changes)
     assert message in str(error.value)
 
 
-def test_an_unknown_variant_is_told_with_the_known_names():
+def test_an_unknown_variant_is_answered_with_the_known_names():
     with pytest.raises(ValueError, match=f"unknown variant 'sigmoid'; variants.py lists {', '.join(VARIANTS)}"):
         GPTConfig(variant="sigmoid")
 
 
-def test_a_call_that_cannot_work_is_told_in_one_line():
+def test_a_call_that_cannot_work_is_explained_in_one_line():
     model = make()
     with pytest.raises(ValueError, match='routing must be "topk" or "causal", got \'sample\''):
         model(tokens(), routing="sample")

@@ -221,8 +221,8 @@ def training_step(model, wrapped, optimizer, scaler, tokens, step, config):
     Forward, backward and update for one step, on this rank's share of its micro-steps. `wrapped` is the model, under
     torchrun inside DistributedDataParallel.
 
-    Returns the step's mean losses over all ranks, language model and routing, and the norm of its gradient (3,), on the
-    device. A norm that is not finite is found when it is read (`Progress.read`): nothing here waits for the device.
+    Returns the step's mean losses over all ranks, language model and routing, and the sum of its gradient norms (3,),
+    on the device. `Progress.read` finds a sum that is not finite: nothing here waits for the device.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step, config)
@@ -252,7 +252,7 @@ def training_step(model, wrapped, optimizer, scaler, tokens, step, config):
 
 
 def clip_gradients(model, limit):
-    """Clip the predictors' gradients and all others separately. Returns the sum of both norms."""
+    """Clip the predictors' gradients and all others separately. Returns the sum of both norms: finite if both are."""
     # Under one common norm the predictors' gradients would scale the others, and so change the language model.
     predictor, trunk = [], []
     for name, p in model.named_parameters():
@@ -325,8 +325,10 @@ def options_of_the_run(preset, given):
 def resolve(config):
     """`config` with its values checked and "auto" replaced by what it means on this machine."""
     at_least(1, config, "eval_interval eval_iters log_interval batch_size gradient_accumulation_steps")
-    at_least(0, config, "vocab_size max_iters flop_budget warmup_iters learning_rate min_lr weight_decay grad_clip")
+    at_least(0, config, "vocab_size max_iters warmup_iters learning_rate min_lr weight_decay grad_clip")
     at_least(0, config, "aux_weight seed")
+    if not 0 <= config.flop_budget <= 1e30:  # large models need more than 2**53, the limit in at_least
+        raise UserError(f"flop_budget must be a number from 0 to 1e30, got {config.flop_budget}")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name} must be in [0, 1), got {getattr(config, name)}")

@@ -18,8 +18,8 @@ from mod import RoutedBlock, capacity_in_tokens
 
 class NoGate(RoutedBlock):
     """
-    Adds the update as it is. The language-model loss then never reaches the router, which stays random. (Not for
-    several GPUs: DistributedDataParallel refuses parameters without a gradient.)
+    Adds the update as it is. The language-model loss then never reaches the router; with a predictor it stays random.
+    (Not for several GPUs: DistributedDataParallel refuses parameters without a gradient.)
     """
 
     def gate(self, r):
@@ -162,10 +162,3 @@ VARIANTS = {
     "falling_capacity": FallingCapacity,
     "expert_threshold": ExpertThreshold,
 }
-
-
-def named(name):
-    """The class with this name. Raises ValueError for an unknown one."""
-    if name not in VARIANTS:
-        raise ValueError(f"unknown variant {name!r}; variants.py lists {', '.join(VARIANTS)}")
-    return VARIANTS[name]

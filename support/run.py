@@ -35,7 +35,7 @@ class Progress:
     unread: list = field(default_factory=list)  # the figures of the steps since then, still on the device
 
     def add(self, figures, seconds):
-        """Count a step. figures (3,): its losses, language model and routing, and the norm of its gradient."""
+        """Count a step. figures (3,): its losses, language model and routing, and the sum of its gradient norms."""
         self.unread.append(figures)
         self.step += 1
         self.train_seconds += seconds

@@ -143,7 +143,11 @@ ROWS = [
     ("train", "... --learning_rat=1", "unknown option --learning_rat; did you mean --learning_rate?"),
     ("train", "... --lr=1", "unknown option --lr; use --learning_rate"),
     ("sample", "--temp=1", "unknown option --temp; did you mean --temperature?"),
-    ("train", "... --learning_rate=1e-5", "min_lr 0.0001 is above learning_rate 1e-05, so the rate would rise; lower it"),
+    (
+        "train",
+        "... --learning_rate=1e-5",
+        "min_lr 0.0001 is above learning_rate 1e-05, so the rate would rise; lower it",
+    ),
     ("train", "... --route_every=3", "route_every 3 routes none of 2 blocks; use more blocks, or --route_every=0"),
     ("train", "... --route_every=0 --capacity=0.5", "capacity 0.5 has no effect in a dense GPT"),
     ("train", "... --route_every=0 --variant=stochastic", "variant stochastic has no effect in a dense GPT"),

@@ -169,7 +169,7 @@ def test_mistakes_with_init_from(dense, tiny, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
 def test_a_preset_and_the_figures_in_its_notes(path):
-    config = load(TrainConfig, [str(path), "--device=cpu"], "", preset=True)
+    config = train.resolve(load(TrainConfig, [str(path), "--device=cpu"], "", preset=True))
     if not path.name.startswith("owt"):
         return
     model = train.model_config(config, {"vocab_size": 50257})
