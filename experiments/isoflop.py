@@ -154,9 +154,8 @@ def at_budgets(sizes, done):
         missing = at_one_budget(budget, sizes[budget], done)
         if budget == ABLATED and not missing:
             base = report.best_of(report.plain(report.models_of(done), budget, "MoD")).run
-            missing = tuned(changed(base), done)
-            causal = [search(replace(base, **options), done)[0] for options in CAUSAL]
-            missing = missing or [again for run in causal for again in seeds(run, done, FRESH)]
+            causal = [replace(base, **options) for options in CAUSAL]
+            missing = tuned(changed(base), done) or tuned(causal, done, wanted=FRESH)
         todo += missing
     return todo
 
@@ -175,12 +174,8 @@ def long(done):
 
     Two seeds choose the learning rate of each, then fresh seeds report.
     """
-    todo, best = [], []
-    for n_layer, route_every in ((4, 2), (2, 0)):
-        run, missing = search(Run(LONG, n_layer, 64, route_every, 2.5e-3), done, chosen_by=SEEDS[:2])
-        todo += missing
-        best.append(run)
-    return todo or [again for seed in FRESH for run in best for again in seeds(run, done, [seed])]
+    runs = [Run(LONG, n_layer, 64, route_every, 2.5e-3) for n_layer, route_every in ((4, 2), (2, 0))]
+    return tuned(runs, done, SEEDS[:2], FRESH)
 
 
 SETS = {

@@ -22,7 +22,7 @@ if __name__ == "__main__" and not __package__:
 import functools
 import math
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -166,25 +166,16 @@ def measure(model, x, y, recall):
     return result
 
 
-def searched(T, done):
-    """For each model its run at the best learning rate so far, and the runs that are still needed to choose it."""
-    return [runner.search(Run(name, T, TASKS[T][2]), done, chosen_by=runner.SEEDS[:2]) for name in MODELS]
-
-
 def wanted(T, done):
-    """First the runs that choose the learning rates of all models, then the fresh seeds."""
-    found = searched(T, done)
-    fresh = [again for run, missing in found if not missing for again in runner.seeds(run, done, runner.FRESH)]
-    return [run for _, missing in found for run in missing] + fresh
+    """The runs that are still needed. Two seeds choose each learning rate, fresh ones report."""
+    return runner.tuned([Run(name, T, TASKS[T][2]) for name in MODELS], done, runner.SEEDS[:2], runner.FRESH)
 
 
 def finished(T, done):
     """{model: its lines of the fresh seeds}, for models that have all of these and of which none diverged."""
-    rows = {}
-    for run, missing in searched(T, done):
-        if not missing and not runner.seeds(run, done, runner.FRESH):
-            rows[run.model] = [done[replace(run, seed=seed)] for seed in runner.FRESH]
-    return {name: of_seeds for name, of_seeds in rows.items() if all(row["report"] for row in of_seeds)}
+    models = report.models_of({run: row for run, row in done.items() if run.block_size == T})
+    fresh = {model.run.model: model.fresh for model in models if model.fresh}
+    return {name: fresh[name] for name in MODELS if name in fresh}
 
 
 def interval(values):

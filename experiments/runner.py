@@ -64,13 +64,15 @@ def seeds(run, done, wanted=SEEDS[1:]):
     return [again for seed in wanted if (again := replace(run, seed=seed)) not in done]
 
 
-def tuned(runs, done):
-    """The runs that are still needed to have each of `runs` at its best learning rate with all SEEDS."""
-    todo = []
-    for run in runs:
-        best, missing = search(run, done)
-        todo += missing or seeds(best, done)
-    return todo
+def tuned(runs, done, chosen_by=SEEDS[:1], wanted=SEEDS[1:]):
+    """
+    The runs that are still needed to have each of `runs` at its best learning rate with the seeds `wanted`: first those
+    that find the rates, then one seed of all models after the other.
+    """
+    found = [search(run, done, chosen_by) for run in runs]
+    settled = [best for best, missing in found if not missing]
+    todo = [run for _, missing in found for run in missing]
+    return todo + [again for seed in wanted for best in settled for again in seeds(best, done, [seed])]
 
 
 def loss_for_choice(run, done):
