@@ -14,7 +14,7 @@ from matplotlib import rc_context, ticker
 from matplotlib.figure import Figure  # not pyplot, which would change a notebook's settings
 from scipy import stats
 
-from experiments.runner import CLIFF, FACTOR, FRESH, SEEDS
+from experiments.runner import CLIFF, FACTOR, FRESH, SEEDS, choice_loss
 from plot import spread
 from support.files import write_whole
 
@@ -79,11 +79,6 @@ def models_of(done):
             fresh = fresh if len(fresh) == len(FRESH) else []
             models.append(Model(replace(run, learning_rate=rate), choice, first[1:] or first, fresh))
     return models
-
-
-def choice_loss(rows):
-    """The mean loss on the data for choosing; infinite if a run diverged."""
-    return statistics.mean(row["choose"]["val_loss_causal"] if row["choose"] else math.inf for row in rows)
 
 
 def final(roles):

@@ -75,15 +75,14 @@ def tuned(runs, done, chosen_by=SEEDS[:1], wanted=SEEDS[1:]):
     return todo + [again for seed in wanted for best in settled for again in seeds(best, done, [seed])]
 
 
-def loss_for_choice(run, done):
-    """The causal loss on the data for choosing; infinite if the run diverged or is missing."""
-    row = done.get(run)
-    return row["choose"]["val_loss_causal"] if row and row["choose"] else math.inf
+def choice_loss(rows):
+    """The mean causal loss of these lines on the data for choosing; infinite if one is missing (None) or diverged."""
+    return statistics.mean(row["choose"]["val_loss_causal"] if row and row["choose"] else math.inf for row in rows)
 
 
 def mean_loss(run, done, chosen_by):
-    """The mean of `loss_for_choice` over these seeds."""
-    return statistics.mean(loss_for_choice(replace(run, seed=seed), done) for seed in chosen_by)
+    """The `choice_loss` of the run with these seeds."""
+    return choice_loss(done.get(replace(run, seed=seed)) for seed in chosen_by)
 
 
 def read(results, run_class):
