@@ -18,6 +18,7 @@ import statistics
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 
 from experiments import isoflop, report, runner
 from plot import spread
@@ -114,24 +115,17 @@ def by_tenth(value, taken):
 
 def ranks_higher(value, taken):
     """The chance that a taken token has a higher value than one that is not; 0.5: no preference. None if undefined."""
-    rank = value.ravel().argsort(kind="stable").argsort() + 1.0
-    taken = taken.ravel()
-    n, m = taken.sum(), (~taken).sum()
-    return float((rank[taken].sum() - n * (n + 1) / 2) / (n * m)) if n and m else None
+    inside, outside = value[taken], value[~taken]
+    pairs = len(inside) * len(outside)
+    return float(stats.mannwhitneyu(inside, outside).statistic / pairs) if pairs else None
 
 
 def known_by(key, taken):
     """The share of the decision's entropy that the key explains (mutual information): 0 none, 1 all."""
-    _, index = np.unique(key, return_inverse=True)
-    total = np.bincount(index.ravel()).astype(float)
-    hit = np.bincount(index.ravel(), weights=taken.ravel())
-    whole = binary_entropy(taken.mean())
-    return float(1 - (total / total.sum() * binary_entropy(hit / total)).sum() / whole) if whole else None
-
-
-def binary_entropy(p):
-    p = np.clip(p, 1e-12, 1 - 1e-12)
-    return -(p * np.log(p) + (1 - p) * np.log(1 - p))
+    counts = stats.contingency.crosstab(key.ravel(), taken.ravel()).count  # (keys, 2)
+    whole = stats.entropy(counts.sum(axis=0))
+    rest = np.average(stats.entropy(counts, axis=1), weights=counts.sum(axis=1))  # when the key is known
+    return float(1 - rest / whole) if whole else 0.0
 
 
 def gap_variation(taken):
