@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 from support.options import UserError, expanded
 from support.report import hardware
+from support.stop import Stop
 
 SEEDS = (1, 2, 3, 4)  # the first one chooses learning rates (in the sets long and gpu and in recall.py, the first two)
 FRESH = (5, 6, 7, 8, 9, 10)  # of the models in the final comparison, trained when all choices are made
 FACTOR = 2  # between two learning rates
 CLIFF = 1.05  # if twice a rate has a loss this many times larger, the rate is too risky
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def search(run, done, chosen_by=SEEDS[:1]):
@@ -119,6 +119,18 @@ def commit():
     return name[:12] + (" + changes" if changed else "")
 
 
+class StopAll(Stop):
+    """Stops the workers too: with a run's next step if `execute` saves checkpoints, otherwise when the run ends."""
+
+    FIRST, AT_ONCE = b"Stopping", "Stopped at once; the lines of finished runs are complete"
+
+    def ask(self, number, frame):
+        super().ask(number, frame)
+        if number == signal.SIGTERM:  # only this process gets it; a Ctrl-C reaches the workers too
+            for process in multiprocessing.active_children():
+                process.terminate()  # `train` then saves (Windows kills the worker, and its run starts again)
+
+
 def run_all(wanted, run_class, execute, results, jobs):
     """
     Train what the set `wanted` asks for until it asks for nothing more. If a run fails, those under way end first.
@@ -132,50 +144,34 @@ def run_all(wanted, run_class, execute, results, jobs):
         return
     results.mkdir(parents=True, exist_ok=True)
     provenance = {"commit": commit(), "cpu": hardware("cpu")}  # of the code and the machine that finish the run
-    stopped = []  # signals received
-
-    def ask_to_stop(number, frame):
-        if stopped:
-            raise KeyboardInterrupt("Stopped at once; the lines of finished runs are complete")
-        stopped.append(number)
-        if number == signal.SIGTERM:  # only this process gets it; a Ctrl-C reaches the workers too
-            for process in multiprocessing.active_children():
-                process.terminate()  # `train` then saves (Windows kills the worker, and its run starts again)
-
-    handlers = {number: signal.signal(number, ask_to_stop) for number in SIGNALS}
     spent = sum(run.budget for run in done)
     bar = tqdm(unit="FLOP", unit_scale=True, initial=spent, disable=None, dynamic_ncols=True, smoothing=0)
-    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), ignore_signals)
     running, failed = {}, None
-    try:
-        with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=ignore_signals) as pool:
-            while True:
-                todo = [run for run in wanted(done) if run not in running.values()]
-                if not failed and not stopped:
-                    for run in todo[: jobs - len(running)]:
-                        running[pool.submit(execute, run, results / "under-way" / run.name)] = run
-                if not running:
-                    break
-                missing = {*todo, *running.values()}
-                bar.total = sum(run.budget for run in {*done, *missing})
-                bar.set_postfix_str(f"{len(done)} runs done, at least {len(missing)} missing")
-                for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
-                    run = running.pop(future)
-                    if future.exception():
-                        failed = failed or future.exception()
-                        continue
-                    done[run] = row = future.result() | provenance
-                    with open(results / "runs.jsonl", "a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-                    shutil.rmtree(results / "under-way" / run.name, ignore_errors=True)
-                    bar.update(run.budget)
-                    loss = f"{row['report']['val_loss_causal']:.4f}" if row["report"] else "diverged"
-                    bar.write(f"{run.name}: {loss}")
-    finally:
-        bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if stopped:
+    with StopAll() as stop, bar, pool:
+        while True:
+            todo = [run for run in wanted(done) if run not in running.values()]
+            if not failed and not stop.requested:
+                for run in todo[: jobs - len(running)]:
+                    running[pool.submit(execute, run, results / "under-way" / run.name)] = run
+            if not running:
+                break
+            missing = {*todo, *running.values()}
+            bar.total = sum(run.budget for run in {*done, *missing})
+            bar.set_postfix_str(f"{len(done)} runs done, at least {len(missing)} missing")
+            for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                run = running.pop(future)
+                if future.exception():
+                    failed = failed or future.exception()
+                    continue
+                done[run] = row = future.result() | provenance
+                with open(results / "runs.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                shutil.rmtree(results / "under-way" / run.name, ignore_errors=True)
+                bar.update(run.budget)
+                loss = f"{row['report']['val_loss_causal']:.4f}" if row["report"] else "diverged"
+                bar.write(f"{run.name}: {loss}")
+    if stop.requested:
         raise KeyboardInterrupt("Stopped; the same command resumes")
     if failed:
         raise failed
@@ -183,7 +179,7 @@ def run_all(wanted, run_class, execute, results, jobs):
 
 def ignore_signals():
     """In a worker: only `train` reacts to signals, with its own handlers, and saves."""
-    for number in SIGNALS:
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -15,7 +15,7 @@ class Stop:
     training loop checks it where stopping is safe. A second signal sets `again` and stops at once.
     """
 
-    AT_ONCE = "Stopped at once; earlier saves are intact"
+    FIRST, AT_ONCE = b"Stopping after this step", "Stopped at once; earlier saves are intact"
     requested, again = None, False
 
     def __enter__(self):
@@ -39,7 +39,7 @@ class Stop:
         once_more = b"" if ranks.under_torchrun() else b". Press Ctrl-C again to stop now"
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended the program that reads our output
             # print is not safe in a signal handler. Not simply 2: after `2>&-` that may be the number of another file.
-            os.write(sys.stderr.fileno(), b"\nStopping after this step" + once_more + b"\n")
+            os.write(sys.stderr.fileno(), b"\n" + self.FIRST + once_more + b"\n")
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
