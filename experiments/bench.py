@@ -29,7 +29,7 @@ from mod import GPT, GPTConfig
 from mode import MoDEConfig, build, forward_flops
 from sample import SampleConfig, fetch
 from support.evaluation import autocast
-from support.options import UserError, errors_in_one_line, load, pick_device
+from support.options import UserError, at_least, errors_in_one_line, load, pick_device
 from train import TrainConfig, configure_optimizer, model_config, resolve
 
 
@@ -71,9 +71,8 @@ def bench(options):
     """The results as a dict; times in seconds, *_ratio is MoD over dense, *_speedup dense time over MoD time."""
     new_tokens = options.new_tokens or max(1, min(64, options.block_size // 4))
     options = dataclasses.replace(options, new_tokens=new_tokens)
-    for name, least in (("batch_size", 1), ("repeats", 1), ("warmup", 0), ("route_every", 1), ("new_tokens", 1)):
-        if getattr(options, name) < least:
-            raise UserError(f"{name} must be at least {least}, got {getattr(options, name)}")
+    at_least(1, options, "batch_size repeats route_every new_tokens")
+    at_least(0, options, "warmup")
     if options.part != "training" and options.new_tokens >= options.block_size:
         raise UserError(f"new_tokens must leave room for a prompt in block_size {options.block_size}; make it smaller")
     if options.part != "training" and (options.n_expert or options.variant or options.causal_method != "predictor"):
@@ -222,20 +221,17 @@ def sampling_model(config, machine):
 def generate(model, B, seed, options, machine):
     """One run: prompts of random tokens, then new_tokens tokens that fill the window."""
     torch.manual_seed(seed)
-    config, cache = model.config, KVCache(model.config, B)
-    prompts = torch.randint(config.vocab_size, (B, options.block_size - options.new_tokens)).tolist()
+    cache = KVCache(model.config, B)
+    prompts = torch.randint(model.config.vocab_size, (B, options.block_size - options.new_tokens)).tolist()
     # As sample.py does, with its options.
     tokens = stream(model, prompts, options.new_tokens + 1, cache, temperature=SampleConfig.temperature)
     prefill_seconds, _ = clocked(lambda: fetch(model, next(tokens), cache.n_read[0]), machine.device)
-    routed = [layer for number, layer in enumerate(cache.layers) if config.is_routed(number)]
-    before = sum(sum(layer.length) for layer in routed)
-    seconds, _ = clocked(lambda: [fetch(model, token, 1) for token in tokens], machine.device)
-    entered = sum(sum(layer.length) for layer in routed) - before
+    seconds, fetched = clocked(lambda: [fetch(model, token, 1) for token in tokens], machine.device)
     return {
         "prefill_seconds": prefill_seconds,
         "step_seconds": seconds / options.new_tokens,
         "cache_bytes": cache.nbytes,
-        "taken": entered / (options.new_tokens * B * max(1, len(routed))),
+        "taken": torch.stack([taken for _, taken in fetched]).double().mean().item(),  # NaN if no block is routed
     }
 
 
