@@ -470,15 +470,12 @@ def claims(models, learned, timed):
         claim_7(learned),
         claim_8(models),
     ]
-    rows = [[*claim[:2], *result, f"`experiments.{claim[2]}`"] for claim, result in zip(CLAIMS, ours)]
-    short_rows = [
-        [claim, f"[{verdict}](results/README.md#{WHERE[command]})"]
-        for (claim, _, command), (_, verdict) in zip(CLAIMS, ours)
-    ]
-    return (
-        markdown(":claim | :paper | :here | :verdict | :command", rows),
-        markdown(":claim | :verdict", short_rows),
-    )
+    rows, verdicts = [], []
+    for (claim, paper, command), (here, verdict) in zip(CLAIMS, ours):
+        rows.append([claim, paper, here, verdict, f"`experiments.{command}`"])
+        verdicts.append([claim, f"[{verdict}](results/README.md#{WHERE[command]})"])
+    table = markdown(":claim | :paper | :here | :verdict | :command", rows)
+    return table, markdown(":claim | :verdict", verdicts)
 
 
 def how_many(held):
