@@ -23,8 +23,7 @@ import torch
 from mode import build, config_class
 from support import untrusted
 from support.files import sha256_of, sha256_of_json, write_json, write_whole
-from support.options import UserError, command, printable, show
-from support.untrusted import reason_of
+from support.options import UserError, command, printable, reason_of, show
 
 FORMAT = 4  # 4 adds the role, which is the JSON's name
 READABLE = (2, 3, 4)  # the formats that `read` understands

@@ -20,7 +20,7 @@ import numpy as np
 import tiktoken
 
 from support.files import sha256_of, sha256_of_json, write_json
-from support.options import UserError, expanded, printable, show
+from support.options import UserError, expanded, printable, reason_of, show
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SPLITS = ("train", "val")
@@ -277,8 +277,7 @@ def gpt2_encoding():
         return tiktoken.get_encoding("r50k_base")  # its "gpt2" is the same encoding from two files instead of one
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: a file of another hash
         name = hashlib.sha1(GPT2_FILE.encode()).hexdigest()
-        reason = str(error).split("\n")[0][:100]
         raise UserError(
-            f"GPT-2's tokenizer cannot be downloaded ({reason}); fetch {GPT2_FILE} elsewhere, save it in a folder "
-            f"under the name {name}, and set TIKTOKEN_CACHE_DIR to this folder"
+            f"GPT-2's tokenizer cannot be downloaded ({reason_of(error)}); fetch {GPT2_FILE} elsewhere, save it in a "
+            f"folder under the name {name}, and set TIKTOKEN_CACHE_DIR to this folder"
         ) from None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mod import GPT, GPTConfig
 from support import checkpoint
-from support.options import UserError, errors_in_one_line, load, show
+from support.options import UserError, errors_in_one_line, load, reason_of, show
 
 # Revisions of the models' repositories. A name alone would download whatever is newest.
 REVISIONS = {
@@ -64,8 +64,7 @@ def convert(config):
     try:
         theirs = GPT2LMHeadModel.from_pretrained(config.model, **pinned)
     except Exception as error:  # the hub, damaged files and other kinds of models all raise their own
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"{config.model} could not be loaded ({reason}); --help names the models") from None
+        raise UserError(f"{config.model} could not be loaded ({reason_of(error)}); --help names the models") from None
     model = from_transformers(theirs)
     out_dir.mkdir(parents=True)
     data = {"tokenizer": "gpt2", "vocab_size": model.config.vocab_size, "source": config.model}

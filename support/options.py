@@ -62,6 +62,11 @@ class Diverged(UserError):
         )
 
 
+def reason_of(error):
+    """An error as part of one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 @contextlib.contextmanager
 def errors_in_one_line(script, smaller):
     """
@@ -203,8 +208,7 @@ def _read_preset(path, fields):
     try:
         names = runpy.run_path(str(file))
     except (Exception, SystemExit) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path} is not a valid preset: {type(error).__name__}: {reason}") from None
+        raise UserError(f"{path} is not a valid preset: {reason_of(error)}") from None
     names = {n: value for n, value in names.items() if not (n.startswith("__") or inspect.ismodule(value))}
     cpu = names.pop("cpu", {})
     if not isinstance(cpu, dict):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from support import checkpoint, ranks, untrusted
 from support.files import lock_at, write_json, write_whole
-from support.options import Diverged, UserError, command, show
+from support.options import Diverged, UserError, command, reason_of, show
 
 
 @dataclass
@@ -215,7 +215,7 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
         untrusted.check_optimizer(state, found["step"], **stateful)
     except Exception as error:  # nonsense raises many kinds
         raise UserError(
-            f"{out_dir / found['files']['optimizer']['name']} does not fit the run ({untrusted.reason_of(error)}); "
+            f"{out_dir / found['files']['optimizer']['name']} does not fit the run ({reason_of(error)}); "
             "start a new run from its weights with --init_from"
         ) from None
     model.load_state_dict(weights)

@@ -96,8 +96,3 @@ def must_be_like(tensors, expected):
         if not plain or w.shape != expected[name].shape or not w.is_floating_point():
             shape = list(getattr(w, "shape", []))
             raise ValueError(f"{name} is {type(w).__name__} {shape}, expected floats {list(expected[name].shape)}")
-
-
-def reason_of(error):
-    """An error as part of one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

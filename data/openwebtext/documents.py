@@ -6,7 +6,7 @@ import reprlib
 from pathlib import Path
 
 from support import data
-from support.options import UserError
+from support.options import UserError, reason_of
 
 
 def find_files(folder):
@@ -49,8 +49,7 @@ def documents_of(files, column, **cached_by):
             half = error.object[error.start]
             raise UserError(f"{where}: the text holds half of a surrogate pair, {half!r}; remove it") from None
         except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are of these kinds
-            reason = str(error).split("\n")[0][:200]
-            raise UserError(f"{file} cannot be read ({reason})") from None
+            raise UserError(f"{file} cannot be read ({reason_of(error)})") from None
         if others and not has_column:
             raise UserError(f"{file} has no column {column!r}, but {', '.join(others[:8])}; name it with --column")
     if not some_text:

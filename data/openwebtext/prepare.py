@@ -33,7 +33,7 @@ from tqdm import tqdm
 from data.openwebtext import documents as reading
 from support import data
 from support.files import lock_at, sha256_of, write_json
-from support.options import UserError, errors_in_one_line, expanded, show
+from support.options import UserError, errors_in_one_line, expanded, reason_of, show
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"  # without it, whatever is newest
@@ -106,10 +106,9 @@ def load_documents(path, column):
         try:
             documents = datasets.load_dataset(OPENWEBTEXT, revision=OPENWEBTEXT_REVISION, split="train")
         except Exception as error:  # the hub, the network and the disk all raise their own
-            reason = str(error).split("\n")[0][:200]
             raise UserError(
-                f"OpenWebText could not be loaded ({type(error).__name__}: {reason}); start again, finished downloads "
-                "are kept. Without internet, pass .jsonl, .parquet or .txt files with --input"
+                f"OpenWebText could not be loaded ({reason_of(error)}); start again, finished downloads are kept. "
+                "Without internet, pass .jsonl, .parquet or .txt files with --input"
             ) from None
         if len(documents) != OPENWEBTEXT_DOCUMENTS:
             raise UserError(
@@ -141,8 +140,7 @@ def load_documents(path, column):
     except Exception as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        error = error.__cause__ or error
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        reason = reason_of(error.__cause__ or error)
         raise UserError(f"{path} cannot be copied to Hugging Face's cache ({reason}); HF_HOME moves it") from None
     pyarrow.default_memory_pool().release_unused()  # reading files leaves buffers behind
     return documents, Path(os.path.abspath(path)).name, fingerprint, f"{note}\n"  # abspath: "." has no name
