@@ -32,6 +32,7 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
     starts = [starts[i : i + batch_size] for i in range(0, n_windows, batch_size)]
     routed, measured = model.routed_blocks, {}
     scored = model.routing_modules or [block for block in routed if not isinstance(block, Control)]
+    none = torch.zeros(0, dtype=torch.bool, device=device)  # a dense model makes no decisions
     for i in ranks.share(len(starts)):
         if stop is not None and stop.requested:
             break
@@ -40,15 +41,12 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
         with autocast(device, dtype):
             # .forward runs eagerly even if the model is compiled: the size of a causal batch depends on the data.
             _, topk_loss = model.forward(x, y, routing="topk")
-            decisions = [(m.taken, m.logits > 0) for m in scored]
+            taken = torch.cat([none, *(m.taken.flatten() for m in scored)])
+            predicted = torch.cat([none, *(m.logits.flatten() > 0 for m in scored)])
             _, causal_loss = model.forward(x, y, routing="causal") if routed else (None, topk_loss)
-        zero = x.new_zeros(())  # where the sums start, because a dense model makes no decisions
-        agree = sum(((taken == predicted).sum() for taken, predicted in decisions), zero)
-        hit = sum(((taken & predicted).sum() for taken, predicted in decisions), zero)
-        member = sum((taken.sum() for taken, _ in decisions), zero)
+        agree, hit, member = (taken == predicted).sum(), (taken & predicted).sum(), taken.sum()
         counts = torch.stack([agree, hit, member, *(block.taken.sum() for block in routed)])
-        total = sum(taken.numel() for taken, _ in decisions)
-        measured[i] = torch.stack([causal_loss, topk_loss]) * len(x), counts, total
+        measured[i] = torch.stack([causal_loss, topk_loss]) * len(x), counts, len(taken)
     # One row per batch, filled by the rank that has it, then summed over the ranks. So the result is the same to the
     # last bit on any number of ranks.
     table, mine = torch.zeros(len(starts), 6 + len(routed), dtype=torch.float64), list(measured)
