@@ -15,6 +15,7 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("run it from the top of the repository: python -m data.openwebtext.prepare")
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -71,9 +72,10 @@ def prepare(args, out):
     job |= {"val_every": args.val_every, "seed": args.seed, "chunk": CHUNK}
     try:
         with lock_at(out / "lock"):
-            if is_done(out, job):
-                print(f"{out} holds exactly this data already")
-                return
+            with contextlib.suppress(UserError):  # there is no data yet, or it is damaged
+                if data.load(out)[0].get("job") == job:
+                    print(f"{out} holds exactly this data already")
+                    return
             parts, done = tokenize(documents, job, args, out)
             if done["train"] == 0 or done["val"] == 0:
                 raise UserError(
@@ -144,13 +146,6 @@ def load_documents(path, column):
         raise UserError(f"{path} cannot be copied to Hugging Face's cache ({reason}); HF_HOME moves it") from None
     pyarrow.default_memory_pool().release_unused()  # reading files leaves buffers behind
     return documents, Path(os.path.abspath(path)).name, fingerprint, f"{note}\n"  # abspath: "." has no name
-
-
-def is_done(out, job):
-    try:
-        return data.load(out)[0].get("job") == job
-    except UserError:
-        return False
 
 
 def tokenize(documents, job, args, out):
