@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import os
 import re
@@ -106,7 +107,8 @@ def load(options_class, argv, description, preset=False, combine=lambda preset, 
     """
     fields = {field.name: field for field in dataclasses.fields(options_class)}
     comments = field_comments(options_class)
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_wide)
+    wide = functools.partial(argparse.HelpFormatter, max_help_position=32, width=120)
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=wide)
     if preset:
         parser.add_argument("preset", nargs="?", help="a file of options, such as those in config/")
     for field in fields.values():
@@ -230,15 +232,13 @@ def convert(field, value, where):
             raise UserError(f"{where} must be one of {', '.join(choices)}; got {str(value)!r}{hint}")
         return matches[0]
     expected = {bool: "True or False", int: "a whole number in digits", float: "a number", str: "a text in UTF-8"}
-    if isinstance(value, os.PathLike) and field.name in PATHS:
-        value = os.fspath(value)
     try:
+        if field.name in PATHS and isinstance(value, (str, os.PathLike)):
+            value = os.path.expanduser(value)
         if field.type is bool:
             return {"true": True, "false": False}[str(value).lower()]
         if isinstance(value, str):
             value.encode("utf-8")  # it goes into JSON files, and a folder's name may be bytes that are no text
-            if field.name in PATHS:
-                value = os.path.expanduser(value)
         elif isinstance(value, bool) or not isinstance(value, {int: Integral, float: Real}.get(field.type, str)):
             raise ValueError  # Integral and Real: numpy's numbers are welcome
         return field.type(value)
@@ -264,7 +264,3 @@ def _nearest(name, known):
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
-
-
-def _wide(prog):
-    return argparse.HelpFormatter(prog, max_help_position=32, width=120)
