@@ -127,9 +127,7 @@ class ProgressLine:
         self.bar.set_postfix_str(f"loss {progress.loss:.3f}, {speed}", refresh=False)
         self.bar.update(steps)
         if ranks.is_main() and (self.bar.disable or not sys.stdout.isatty()):
-            with contextlib.suppress(
-                OSError
-            ):  # the Ctrl-C that stops us may have ended the program that reads our lines
+            with contextlib.suppress(OSError):  # the Ctrl-C that stops us may also have closed stdout
                 print(f"{step_of(progress.step, self.max_iters)}  train loss {progress.loss:.4f}  {speed}", flush=True)
 
     def close(self):
