@@ -105,17 +105,12 @@ def read(results, run_class):
 def commit():
     """The commit of this code, "+ changes" if a Python file differs from it, or "unknown" outside a git repository."""
     root = Path(__file__).resolve().parents[1]
-    git = ["git", "-C", str(root)]
+    git = ["git", "-C", str(root), "--git-dir=.git"]  # these files may lie in somebody else's repository
     try:
-        found = subprocess.run(
-            [*git, "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True, check=True
-        )
+        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    top, name = found.stdout.splitlines()
-    if Path(top).resolve() != root:  # these files lie in somebody else's repository
-        return "unknown"
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/*.py"]).returncode
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
     return name[:12] + (" + changes" if changed else "")
 
 
