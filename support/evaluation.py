@@ -45,21 +45,20 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
             predicted = torch.cat([none, *(m.logits.flatten() > 0 for m in scored)])
             _, causal_loss = model.forward(x, y, routing="causal") if routed else (None, topk_loss)
         agree, hit, member = (taken == predicted).sum(), (taken & predicted).sum(), taken.sum()
-        counts = torch.stack([agree, hit, member, *(block.taken.sum() for block in routed)])
-        measured[i] = torch.stack([causal_loss, topk_loss]) * len(x), counts, len(taken)
+        total = torch.ones_like(taken).sum()
+        counts = torch.stack([agree, hit, member, total, *(block.taken.sum() for block in routed)])
+        measured[i] = torch.stack([causal_loss, topk_loss]) * len(x), counts
     # One row per batch, filled by the rank that has it, then summed over the ranks. So the result is the same to the
     # last bit on any number of ranks.
-    table, mine = torch.zeros(len(starts), 6 + len(routed), dtype=torch.float64), list(measured)
-    if mine:  # the figures leave the device only here, those of all batches at once
-        losses, counts, totals = zip(*measured.values())
-        table[mine, :2] = torch.stack(losses).cpu().double()
-        table[mine, 2:-1] = torch.stack(counts).cpu().double()
-        table[mine, -1] = torch.tensor(totals).double()
+    table = torch.zeros(len(starts), 6 + len(routed), dtype=torch.float64)
+    if measured:  # the figures leave the device only here, those of all batches at once
+        losses, counts = (torch.stack(figures).cpu().double() for figures in zip(*measured.values()))
+        table[list(measured)] = torch.cat([losses, counts], dim=1)
     model.train(training)
     if ranks.any_rank(stop is not None and stop.requested):
         return None
     columns = zip(*ranks.sum_over_ranks(table).tolist())
-    causal, topk, agree, hit, member, *taken, total = (sum(column) for column in columns)
+    causal, topk, agree, hit, member, total, *taken = (sum(column) for column in columns)
     result = {"val_loss_causal": causal / n_windows, "val_loss_topk": topk / n_windows}
     if routed:
         result["taken"] = [round(tokens_taken / (n_windows * T), 5) for tokens_taken in taken]
