@@ -47,10 +47,10 @@ def tiny_encoding(monkeypatch):
 def threads(monkeypatch):
     """Use threads, because other processes would not have the tiny encoding."""
 
-    def pool_of(processes, initializer, initargs):
+    def pool(processes, context, initializer, initargs):
         return ThreadPoolExecutor(processes, initializer=initializer, initargs=initargs)
 
-    monkeypatch.setattr(openwebtext, "pool_of", pool_of)
+    monkeypatch.setattr(openwebtext, "ProcessPoolExecutor", pool)
 
 
 @pytest.fixture

@@ -170,9 +170,11 @@ def tokenize(documents, job, args, out):
     except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing to continue
     chunks = range(done["chunks"], -(-len(documents) // CHUNK))
+    # Not forked: the fork of a process with threads, such as Arrow's, can hang.
+    pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), start, (documents, args))
     files = {split: open(part, "ab") for split, part in parts.items()}
     bar = tqdm(total=len(documents), initial=done["chunks"] * CHUNK, disable=None, unit="doc", dynamic_ncols=True)
-    with files["train"], files["val"], bar, pool_of(args.processes, start, (documents, args)) as pool:
+    with files["train"], files["val"], bar, pool:
         for split, file in files.items():
             file.truncate(2 * done[split])  # a kill may have left more than was counted
         save(done, files, progress)  # from here on these files belong to this job
@@ -193,12 +195,6 @@ def tokenize(documents, job, args, out):
                     save(done, files, progress)
         save(done, files, progress)
     return parts, done
-
-
-def pool_of(processes, initializer, initargs):
-    # Not forked: the fork of a process with threads, such as Arrow's, can hang.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, context, initializer, initargs)
 
 
 def save(done, files, progress):
