@@ -146,8 +146,8 @@ def most_taken(letters, taken, n=6):
 
 
 def ordered(done):
-    """The lines with results, by seed."""
-    return sorted((row for row in done.values() if row["report"]), key=lambda row: row["run"]["seed"])
+    """The lines with measurements, by seed."""
+    return sorted((row for row in done.values() if "learned" in row), key=lambda row: row["run"]["seed"])
 
 
 def tables(rows):
@@ -241,8 +241,7 @@ def main(argv=None):
             train_one = isoflop.prepared(execute, args.results, "shakespeare_works", "cpu")
             wanted = functools.partial(runner.seeds, MODEL)
             runner.run_all(wanted, isoflop.Run, train_one, args.results, args.jobs)
-        done = runner.read(args.results, isoflop.Run)
-        rows = ordered({run: row for run, row in done.items() if "learned" in row})
+        rows = ordered(runner.read(args.results, isoflop.Run))
         if rows:
             draw(rows, args.results / "routing.png")
         print("\n\n".join(tables(rows).values()) or f"No runs in {args.results} yet")
