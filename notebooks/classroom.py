@@ -134,12 +134,12 @@ def coloured(pieces, depths, routed):
     display(HTML(f"routed blocks that processed a character: {legend}<pre>{text}</pre>"))
 
 
-def animate(draw, frames, description, figsize=(8, 3), seconds=0.5):
+def animate(draw, frames, description):
     """
     Show an animation with a picture for each frame, drawn by draw(axes, frame). It is a PNG that plays in any browser,
     without a network; where it cannot, it shows the last frame.
     """
-    figure, axes = plt.subplots(figsize=figsize)
+    figure, axes = plt.subplots()
     images = []
     for frame in frames:
         axes.clear()
@@ -150,7 +150,7 @@ def animate(draw, frames, description, figsize=(8, 3), seconds=0.5):
         # Few colours make a small file; the method keeps white white.
         images.append(image.quantize(palette=images[0]) if images else image.quantize(32, PIL.Image.MAXCOVERAGE))
     plt.close(figure)
-    options = {"append_images": images, "default_image": True, "duration": 1000 * seconds, "loop": 0}
+    options = {"append_images": images, "default_image": True, "duration": 500, "loop": 0}
     file = io.BytesIO()
     images[-1].save(file, format="png", save_all=True, **options)
     display(Image(file.getvalue(), alt=description))
