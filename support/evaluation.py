@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mod import evaluating
 from support import checkpoint, data, ranks
 from support.options import UserError
 from variants import Control
@@ -25,36 +26,34 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
     `stop` is requested meanwhile on any rank.
     """
     T, device = model.config.block_size, model.lm_head.weight.device
-    training = model.training
-    model.eval()
     n_windows = min(eval_iters * batch_size, (len(tokens) - 1) // T)
     starts = np.linspace(0, len(tokens) - 1 - T, n_windows).astype(int)
     starts = [starts[i : i + batch_size] for i in range(0, n_windows, batch_size)]
     routed, measured = model.routed_blocks, {}
     scored = model.routing_modules or [block for block in routed if not isinstance(block, Control)]
     none = torch.zeros(0, dtype=torch.bool, device=device)  # a dense model makes no decisions
-    for i in ranks.share(len(starts)):
-        if stop is not None and stop.requested:
-            break
-        x, y = data.windows(tokens, starts[i], T, device)
-        torch.manual_seed(data.seed_of(0, i))  # for variants that draw noise
-        with autocast(device, dtype):
-            # .forward runs eagerly even if the model is compiled: the size of a causal batch depends on the data.
-            _, topk_loss = model.forward(x, y, routing="topk")
-            taken = torch.cat([none, *(m.taken.flatten() for m in scored)])
-            predicted = torch.cat([none, *(m.logits.flatten() > 0 for m in scored)])
-            _, causal_loss = model.forward(x, y, routing="causal") if routed else (None, topk_loss)
-        agree, hit, member = (taken == predicted).sum(), (taken & predicted).sum(), taken.sum()
-        total = torch.ones_like(taken).sum()
-        counts = torch.stack([agree, hit, member, total, *(block.taken.sum() for block in routed)])
-        measured[i] = torch.stack([causal_loss, topk_loss]) * len(x), counts
+    with evaluating(model):
+        for i in ranks.share(len(starts)):
+            if stop is not None and stop.requested:
+                break
+            x, y = data.windows(tokens, starts[i], T, device)
+            torch.manual_seed(data.seed_of(0, i))  # for variants that draw noise
+            with autocast(device, dtype):
+                # .forward runs eagerly even if the model is compiled: the size of a causal batch depends on the data.
+                _, topk_loss = model.forward(x, y, routing="topk")
+                taken = torch.cat([none, *(m.taken.flatten() for m in scored)])
+                predicted = torch.cat([none, *(m.logits.flatten() > 0 for m in scored)])
+                _, causal_loss = model.forward(x, y, routing="causal") if routed else (None, topk_loss)
+            agree, hit, member = (taken == predicted).sum(), (taken & predicted).sum(), taken.sum()
+            total = torch.ones_like(taken).sum()
+            counts = torch.stack([agree, hit, member, total, *(block.taken.sum() for block in routed)])
+            measured[i] = torch.stack([causal_loss, topk_loss]) * len(x), counts
     # One row per batch, filled by the rank that has it, then summed over the ranks. So the result is the same to the
     # last bit on any number of ranks.
     table = torch.zeros(len(starts), 6 + len(routed), dtype=torch.float64)
     if measured:  # the figures leave the device only here, those of all batches at once
         losses, counts = (torch.stack(figures).cpu().double() for figures in zip(*measured.values()))
         table[list(measured)] = torch.cat([losses, counts], dim=1)
-    model.train(training)
     if ranks.any_rank(stop is not None and stop.requested):
         return None
     columns = zip(*ranks.sum_over_ranks(table).tolist())
