@@ -223,13 +223,12 @@ def execute(run, out_dir, dataset, device, measure=None, **more):
     meta, data = load_dataset(dataset, run.block_size)
     config = replace(options(run, meta["vocab_size"], dataset, out_dir, device), **more)
     row = {"run": asdict(run), "data": meta["text_sha256"][:16], "choose": None, "report": None}
-    with open(log_file, "a", encoding="utf-8") as log:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            try:
-                rows = train(replace(config, resume=(out_dir / "last.json").is_file()))
-            except Diverged:
-                return row
-            model, info = checkpoint.load(out_dir, "last", config.device)
+    with open(log_file, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            rows = train(replace(config, resume=(out_dir / "last.json").is_file()))
+        except Diverged:
+            return row
+        model, info = checkpoint.load(out_dir, "last", config.device)
     # Choices may be made on the first half of the validation split only.
     choose, report = np.split(data["val"], [len(data["val"]) // 2])
     return row | {
