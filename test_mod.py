@@ -230,6 +230,18 @@ def test_an_update_is_what_an_ordinary_block_adds():
     assert close(Block.forward(block, x, places(x)), x + block.update(x, places(x)))
 
 
+@pytest.mark.parametrize("kind", [dict(), dict(n_expert=4)], ids=["MoD", "MoE"])
+def test_at_the_start_weights_are_as_small_as_gpt2s_and_smaller_where_they_add_to_the_residual_stream(kind):
+    torch.manual_seed(0)
+    model = build(config_class(kind)(n_layer=8, n_embd=96, n_head=3, vocab_size=99, block_size=64, **kind))
+    for name, p in model.named_parameters():
+        if p.dim() >= 2:
+            expected = 0.02 / math.sqrt(16) if "c_proj" in name else 0.02  # 16 = 2 * n_layer
+            assert abs(p.std() / expected - 1) < 4 / math.sqrt(2 * p.numel()), name  # four standard errors
+        else:
+            assert (p == float("ln_" in name and "weight" in name)).all(), name
+
+
 # The routed block
 
 
@@ -563,12 +575,12 @@ def test_one_batch_can_be_memorised(kind):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *EXPERTS, dict(route_every=0), dict(bias=False)])
-def test_every_parameter_is_in_exactly_one_optimizer_group(kind):
+def test_every_parameter_is_in_exactly_one_optimizer_group_and_biases_and_norms_have_no_weight_decay(kind):
     model = make(**kind)
     groups = configure_optimizer(model, TrainConfig()).param_groups
-    in_groups = [id(p) for group in groups for p in group["params"]]
-    assert sorted(in_groups) == sorted(id(p) for p in model.parameters())
-    assert all((group["weight_decay"] > 0) == (p.dim() >= 2) for group in groups for p in group["params"])
+    decay = [(id(p), group["weight_decay"] > 0) for group in groups for p in group["params"]]
+    expected = [(id(p), "bias" not in name and "ln_" not in name) for name, p in model.named_parameters()]
+    assert sorted(decay) == sorted(expected)
 
 
 # Cost

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -100,6 +101,22 @@ def test_what_is_done_is_not_run_again_and_a_deleted_line_is(tmp_path):
     lines = whole.splitlines(keepends=True)
     path.write_bytes(b"".join(lines[1:]))
     assert set(again()) == set(runs) and sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_no_run_is_begun_before_there_is_room_for_it(tmp_path, monkeypatch):
+    """Otherwise it would wait in the pool, and begin even after Ctrl-C or when results have made it needless."""
+    monkeypatch.setattr(runner.concurrent.futures, "ProcessPoolExecutor", lambda *a, **k: ThreadPoolExecutor(8))
+    runs, now, most = [FakeRun("a", seed=seed) for seed in range(1, 7)], set(), []
+
+    def execute(run, folder):
+        now.add(run)
+        most.append(len(now))
+        time.sleep(0.3 if run.seed == 1 else 0.05)
+        now.remove(run)
+        return execute_fake(run, folder)
+
+    runner.run_all(lambda done: [run for run in runs if run not in done], FakeRun, execute, tmp_path, jobs=2)
+    assert max(most) == 2 and len(most) == 6
 
 
 def test_each_line_says_which_code_and_which_machine_made_it(tmp_path, dataset, monkeypatch):

@@ -582,8 +582,8 @@ def test_best_is_the_best_of_those_that_were_saved(tiny, at, monkeypatch):
 
 
 def test_a_loss_better_than_the_last_but_not_the_best_is_not_the_best(tiny, monkeypatch):
-    losses = iter([1.0, 3.0, 2.0])
-    monkeypatch.setattr(train, "evaluate", lambda *a: dict.fromkeys(("val_loss_causal", "val_loss_topk"), next(losses)))
+    losses = iter([1.0, 3.0, 2.0])  # causal; by the others, of top-k, the second would be the best
+    monkeypatch.setattr(train, "evaluate", lambda *a: {"val_loss_causal": (x := next(losses)), "val_loss_topk": -x})
     train.train(tiny)
     assert checkpoint.read(Path(tiny.out_dir), "best")["step"] == 0
 

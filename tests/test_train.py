@@ -85,8 +85,8 @@ def batches_of(tokens, step, config):
 
 def test_a_run_is_adamw_over_the_batches_of_its_steps(tiny):
     """The recipe written out: two models, the loop by hand; whole-batch gradients, PyTorch's own unfused AdamW."""
-    config = dataclasses.replace(tiny, dropout=0.0, gradient_accumulation_steps=2, grad_clip=0.5, decay_lr=False)
-    config = dataclasses.replace(config, warmup_iters=0, aux_weight=0.3, eval_interval=6)
+    config = dataclasses.replace(tiny, dropout=0.0, gradient_accumulation_steps=2, grad_clip=0.5)
+    config = dataclasses.replace(config, warmup_iters=2, aux_weight=0.3, eval_interval=6)
     rows, weights = run(config)
     _, data = load_dataset(config.dataset, config.block_size)
     torch.manual_seed(config.seed)
@@ -94,10 +94,13 @@ def test_a_run_is_adamw_over_the_batches_of_its_steps(tiny):
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
         [{"params": [p], "weight_decay": 0.1 if p.dim() > 1 else 0.0} for p in named.values()],
-        lr=1e-3, betas=(0.9, 0.99), fused=False,
+        betas=(0.9, 0.99), fused=False,
     )  # fmt: skip
+    cosine = [1e-4 + 9e-4 * (1 + math.cos(math.pi * part / 4)) / 2 for part in range(4)]
     losses = []
-    for step in range(6):
+    for step, rate in enumerate([1e-3 / 3, 2e-3 / 3, *cosine]):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         x, y = (torch.cat(part) for part in zip(*batches_of(data["train"], step, config)))
         _, loss = model(x, y)
         optimizer.zero_grad()
@@ -113,6 +116,20 @@ def test_a_run_is_adamw_over_the_batches_of_its_steps(tiny):
     assert math.isclose(rows[-1]["train_loss"], np.mean(losses), abs_tol=1e-5)
     assert rows[-1]["flops"] == 6 * 3 * 8 * forward_flops(model.config, 16)
     assert rows[-1]["tokens"] == 6 * 8 * 16
+
+
+def test_dropout_is_new_in_each_micro_step_of_each_step(tiny, monkeypatch):
+    masks, build = [], train.build
+
+    def recorded(config):
+        model = build(config)
+        model.transformer.drop.register_forward_hook(lambda *call: masks.append(bytes(call[-1].flatten() == 0)))
+        return model
+
+    monkeypatch.setattr(train, "build", recorded)
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"val_loss_causal": 0.0})
+    train.train(dataclasses.replace(tiny, dropout=0.5, gradient_accumulation_steps=2))
+    assert len(masks) == len(set(masks)) == 2 * 6
 
 
 def test_the_training_loss_is_the_mean_since_the_last_evaluation(tiny):
@@ -158,8 +175,7 @@ def test_targets_are_the_next_tokens_and_every_window_of_the_split_can_come(tiny
 def test_the_learning_rate_warms_up_and_its_cosine_ends_with_the_run():
     config = TrainConfig(max_iters=1000, warmup_iters=100, learning_rate=1.0, min_lr=0.1)
     rates = [train.learning_rate_at(step, config) for step in range(1000)]
-    assert rates[0] < 0.011 and max(rates) == rates[100] == 1.0
-    assert all(a < b for a, b in zip(rates[:100], rates[1:101]))
+    assert np.allclose(rates[:101], np.arange(1, 102) / 101, rtol=0, atol=1e-12)
     assert all(a > b for a, b in zip(rates[100:], rates[101:]))
     assert math.isclose(rates[550], 0.55) and 0.1 <= rates[-1] < 0.1001
     assert train.learning_rate_at(900, dataclasses.replace(config, decay_lr=False)) == 1.0
@@ -387,8 +403,8 @@ def test_evaluation_is_over_fixed_windows_of_the_whole_split(tiny, variant):
     _, data = load_dataset(config.dataset, config.block_size)
     torch.manual_seed(0)
     model = GPT(train.model_config(config, {"vocab_size": 28})).eval()
-    result = evaluate(model, data["val"], config.batch_size, config.eval_iters)
-    val = torch.from_numpy(data["val"].astype(np.int64))
+    val = torch.from_numpy(data["val"][: 31 * 16].astype(np.int64))  # 30 windows: the last token has no target
+    result = evaluate(model, val.numpy(), config.batch_size, config.eval_iters)
     starts = np.linspace(0, len(val) - 17, (len(val) - 1) // 16).astype(int).tolist()
     assert all(16 <= b - a <= 17 for a, b in zip(starts, starts[1:]))  # no overlap, next to no gap
     losses, agree, hit, taken = {"topk": [], "causal": []}, [], [], []
@@ -410,14 +426,16 @@ def test_evaluation_is_over_fixed_windows_of_the_whole_split(tiny, variant):
     assert math.isclose(result["taken"][0], np.mean(taken), abs_tol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["", "stochastic", "position", "exploring_noise"])
-def test_evaluating_twice_gives_the_same_and_leaves_the_training_mode(tiny, variant):
+@pytest.mark.parametrize("variant", ["stochastic", "exploring_noise"])  # they draw noise
+def test_evaluating_twice_gives_the_same_without_dropout_and_leaves_the_training_mode(tiny, variant):
     config = dataclasses.replace(tiny, variant=variant, dropout=0.5)
     _, data = load_dataset(config.dataset, config.block_size)
     model = GPT(train.model_config(config, {"vocab_size": 28}))
     first, second = (evaluate(model, data["val"], config.batch_size, config.eval_iters) for _ in range(2))
-    assert first == second
-    assert model.training
+    assert model.training and first == second == evaluate(model.eval(), data["val"], 4, config.eval_iters)
+    assert not model.training
+    rounded = evaluate(model, data["val"], config.batch_size, config.eval_iters, "bfloat16")
+    assert 0 < abs(rounded["val_loss_causal"] - first["val_loss_causal"]) < 0.02
 
 
 def test_a_dense_model_has_one_loss_and_nothing_to_say_of_routing(tiny):

@@ -118,25 +118,15 @@ def test_a_loud_router_is_the_router_times_ten():
     assert close(run(block, x), run(plain, x))
 
 
-def test_the_explorer_picks_almost_at_random_at_first_and_like_mod_at_the_end():
-    torch.manual_seed(0)
-    config = GPTConfig(block_size=64, vocab_size=8, n_layer=2, n_head=2, n_embd=16)
-    block, plain = (kind(config, layer=1) for kind in (VARIANTS["exploring_noise"], RoutedBlock))
-    plain.load_state_dict(block.state_dict(), strict=False)
-    x = torch.randn(16, 64, 16)
-    run(plain, x)
-
-    def agreement():
-        run(block, x)
-        return (block.taken & plain.taken).sum() / plain.taken.sum()
-
-    block.train()
-    assert agreement() < 0.6
-    block.eval()
-    assert agreement() == 1 and block.passes == 1
-    block.train()
-    block.passes += 10_000
-    assert agreement() == 1
+def test_the_explorers_noise_is_3_standard_deviations_at_first_and_half_every_250_passes_of_training():
+    block, r = make(variant="exploring_noise").routed_blocks[0].train(), 7 * inputs()[..., 0]
+    for passes, noise in ((0, 3), (250, 1.5), (750, 0.375)):
+        block.passes.fill_(passes)
+        torch.manual_seed(0)
+        scores = block.scores(r)
+        torch.manual_seed(0)
+        assert close(scores, r + noise * r.std() * torch.randn_like(r)) and block.passes == passes + 1
+    assert torch.equal(block.eval().scores(r), r) and block.passes == 751
 
 
 # Controls
