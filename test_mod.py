@@ -278,14 +278,6 @@ def test_a_pass_is_equation_1_over_exactly_the_tokens_taken_and_its_gate_is_the_
     assert close(out, torch.stack([reference_equation_1(x[b], chosen[b], p, n_head=2) for b in range(4)]))
 
 
-def test_the_predictor_decides_by_its_own_input_token_by_token():
-    block, x = make().transformer.h[1], inputs()
-    run(block, x, "causal")
-    by_itself = torch.tensor([[block.predictor(token).item() > 0 for token in row] for row in x])
-    assert torch.equal(block.taken, by_itself)
-    assert 0 < block.taken.sum() < block.taken.numel()
-
-
 def test_with_the_router_as_causal_method_a_token_enters_when_its_weight_is_positive():
     block, x = make(causal_method="router").transformer.h[1], inputs()
     run(block, x, "causal")
@@ -610,8 +602,7 @@ def test_the_flop_formula_equals_pytorchs_counter(shape, T):
     assert counter.get_total_flops() == forward_flops(model.config, T)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("taking", [-1e3, 0.0, 1e3], ids=["none", "some", "all"])
+@pytest.mark.parametrize(("taking", "seed"), [(-1e3, 0), (1e3, 0), (0.0, 0), (0.0, 1), (0.0, 2)])  # none, all, some
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_flop_formula_equals_the_counter_in_a_causal_pass(shape, taking, seed):
     model = make(seed=seed, **shape)
@@ -854,16 +845,6 @@ def test_streams_side_by_side_and_single_steps_are_without_dropout_or_gradient_a
         (step(model, cache, prompt[:, 0]), step(model, other, prompt[:, 0])),
     ):
         assert torch.equal(logits, again) and not logits.requires_grad
-
-
-@pytest.mark.parametrize("model", [make().float(), make().bfloat16()], ids=["autocast", "bfloat16"])
-def test_sampling_in_bfloat16(model):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        prompts = [[1, 2, 3], [4]]
-        cache = KVCache(model.config, 2)
-        text = torch.stack(list(stream(model, prompts, 40, seed=1, cache=cache)))
-        assert text.shape == (40, 2) and cache.layers[0].k.dtype == torch.bfloat16
-        assert model.generate(tokens(B=2, T=5), 40, seed=1).shape == (2, 45)
 
 
 @pytest.mark.parametrize("kind", [dict(), dict(n_expert=3, staged=True)], ids=["MoD", "staged"])
