@@ -150,19 +150,6 @@ def test_the_training_clock_stands_still_during_evaluation(tiny, monkeypatch):
     assert [row["train_seconds"] for row in train.train(tiny)] == [0, 3, 6]
 
 
-def test_gradient_accumulation_sees_the_same_global_batch(tiny):
-    tokens = np.arange(1000, dtype=np.uint16)
-
-    def batch(config):
-        return torch.cat([x for x, _ in batches_of(tokens, 5, config)])
-
-    whole = dataclasses.replace(tiny, batch_size=8, gradient_accumulation_steps=1, dropout=0.0)
-    halves = dataclasses.replace(whole, batch_size=4, gradient_accumulation_steps=2)
-    assert torch.equal(batch(whole), batch(halves))
-    (rows, _), (rows_of_halves, _) = run(whole), run(halves)
-    assert math.isclose(rows[-1]["val_loss_topk"], rows_of_halves[-1]["val_loss_topk"], abs_tol=1e-4)
-
-
 def test_targets_are_the_next_tokens_and_every_window_of_the_split_can_come(tiny):
     tokens, starts = np.arange(tiny.block_size + 2, dtype=np.uint16), set()
     for step in range(20):
