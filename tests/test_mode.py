@@ -7,14 +7,13 @@ import signal
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 import mode
 import sample
 import train
 from helpers import equal, weights_of
-from mod import MLP, Block, GPTConfig, capacity_in_tokens
+from mod import capacity_in_tokens
 from support.options import UserError
 from test_mod import EXPERTS, close, inputs, make, places, run, tokens
 
@@ -98,26 +97,6 @@ def test_a_block_is_attention_then_experts_and_a_staged_one_gates_both(kind, rou
     assert close(y, expected)
 
 
-@biased
-def test_one_expert_that_takes_all_tokens_is_the_dense_mlp(bias):
-    model = make(n_expert=1, n_noop=1, expert_capacity=1.0, bias=bias)
-    model.transformer.h[1].mlp.router = nn.Linear(16, 1, bias=False).double()  # without the no-op its softmax is 1
-    block = model.routed_blocks[0]
-    shape = {name: value for name, value in vars(model.config).items() if name in GPTConfig.__dataclass_fields__}
-    dense = Block(GPTConfig(**shape)).double()
-    theirs = dense.state_dict()
-    for name in theirs:
-        if not name.startswith("mlp."):
-            theirs[name] = block.state_dict()[name]
-    ours = block.mlp.experts
-    theirs["mlp.c_fc.weight"], theirs["mlp.c_proj.weight"] = ours.c_fc[0].T, ours.c_proj[0].T
-    if bias:
-        theirs["mlp.c_fc.bias"], theirs["mlp.c_proj.bias"] = ours.c_fc_bias, ours.c_proj_bias
-    dense.load_state_dict(theirs)
-    assert isinstance(dense.mlp, MLP)
-    assert close(run(block, inputs()), run(dense, inputs()))
-
-
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_no_ops_alone_add_nothing():
     block = mode.MixtureBlock(mode.MoDEConfig(n_expert=0, n_noop=3, n_embd=16, n_head=2)).double()
@@ -152,14 +131,6 @@ def test_a_token_that_prefers_a_no_op_is_weighted_less_and_taken_less():
         mixture(x)
         assert not mixture.taken[0, 3].any()
         assert mixture.router(x).softmax(dim=-1)[0, 3, :2].max() < before / 10
-
-
-def test_the_experts_begin_as_mlps_do():
-    torch.manual_seed(0)
-    experts = mode.MoDE(mode.MoDEConfig(n_layer=8, n_embd=96, n_head=3, vocab_size=10)).routed_blocks[0].mlp.experts
-    assert experts.c_fc.std().item() == pytest.approx(0.02, rel=0.05)
-    assert experts.c_proj.std().item() == pytest.approx(0.02 / 4, rel=0.05)
-    assert not experts.c_fc_bias.any() and not experts.c_proj_bias.any()
 
 
 def test_a_staged_block_that_takes_no_token_leaves_no_old_decisions():
