@@ -644,14 +644,9 @@ def test_any_text_comes_back_from_prepare(text, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, dataset):
+def finished(small_run):
     """A small run and the contents of its checkpoints."""
-    out_dir = tmp_path_factory.mktemp("finished")
-    train.train(TrainConfig(
-        out_dir=str(out_dir), dataset=str(dataset), device="cpu", block_size=8, batch_size=2, n_layer=2, n_head=1,
-        n_embd=4, predictor_hidden=1, max_iters=2, eval_interval=1, eval_iters=1,
-    ))  # fmt: skip
-    return out_dir, contents(out_dir)
+    return small_run, contents(small_run)
 
 
 def contents(out_dir):
