@@ -84,7 +84,13 @@ def execute_fake(run, folder):
     return {"run": run.__dict__, "choose": None, "report": {"val_loss_causal": run.seed / 10}}
 
 
-def test_what_is_done_is_not_run_again_and_a_deleted_line_is(tmp_path):
+@pytest.fixture
+def threads(monkeypatch):
+    """Runs in threads, because each new process would import PyTorch first."""
+    monkeypatch.setattr(runner.concurrent.futures, "ProcessPoolExecutor", lambda *a, **k: ThreadPoolExecutor(8))
+
+
+def test_what_is_done_is_not_run_again_and_a_deleted_line_is(tmp_path, threads):
     runs = [FakeRun("a", seed=seed) for seed in (1, 2, 3)]
     path = tmp_path / "runs.jsonl"
 
@@ -103,9 +109,8 @@ def test_what_is_done_is_not_run_again_and_a_deleted_line_is(tmp_path):
     assert set(again()) == set(runs) and sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)
 
 
-def test_no_run_is_begun_before_there_is_room_for_it(tmp_path, monkeypatch):
+def test_no_run_is_begun_before_there_is_room_for_it(tmp_path, threads):
     """Otherwise it would wait in the pool, and begin even after Ctrl-C or when results have made it needless."""
-    monkeypatch.setattr(runner.concurrent.futures, "ProcessPoolExecutor", lambda *a, **k: ThreadPoolExecutor(8))
     runs, now, most = [FakeRun("a", seed=seed) for seed in range(1, 7)], set(), []
 
     def execute(run, folder):
