@@ -676,7 +676,8 @@ def test_any_damage_to_a_checkpoint_is_detected_or_harmless(finished, data):
     }[kind]
     path.write_bytes(damaged)
     try:
-        assert same(contents(out_dir), expected)
+        found = contents(out_dir)
+        assert damaged == whole or (path.suffix == ".json" and same(found, expected))  # a .pt file's hash covers it all
     except UserError as error:
         assert "\n" not in str(error)
     finally:
