@@ -95,6 +95,7 @@ GPU_SIZES = {  # these budgets read the complete works 2 to 8 times, 3 to 11 tim
     1e15: ((3, 256), (4, 256), (4, 384), (6, 256), (6, 384), (8, 256)),
 }
 LONG = 1e14  # the budget of the set long
+LONG_SIZES = ((2, 64), (3, 64), (3, 96), (3, 128), (4, 128))  # of its dense models
 ABLATED = 3e12  # the budget at which one thing at a time is changed in the best MoD model
 VARIANTS = ("stochastic", "position", "no_gate", "sigmoid_gate", "loud_router", "exploring_noise")
 CAUSAL = ({}, {"causal_method": "router"}, {"variant": "expert_threshold"})  # three ways to decide without look-ahead
@@ -170,12 +171,30 @@ def experts(done):
 
 def long(done):
     """
-    Width 64, trained ten times longer than at 1e13: MoD against the same model without its routed blocks.
+    At a width of 64, trained ten times longer than at 1e13: MoD against the same model without its routed blocks. Then
+    the same pair at 1e13; other sizes at 1e14, the best of each kind; the pair at 3e13; random and position routing.
 
-    Two seeds choose the learning rate of each, then fresh seeds report.
+    Two seeds choose the learning rate of each model, and the best size. Then fresh seeds report.
     """
-    runs = [Run(LONG, n_layer, 64, route_every, 2.5e-3) for n_layer, route_every in ((4, 2), (2, 0))]
-    return tuned(runs, done, SEEDS[:2], FRESH)
+    mod, dense = Run(LONG, 4, 64, 2, 2.5e-3), Run(LONG, 2, 64, 0, 2.5e-3)
+    dense_sizes = [replace(dense, n_layer=n, n_embd=width) for n, width in LONG_SIZES]
+    mod_sizes = [mod, replace(mod, n_layer=6)]
+    both = SEEDS[:2]
+
+    def pair(budget):
+        return [replace(run, budget=budget, learning_rate=5e-3) for run in (mod, dense)]
+
+    def best(runs):
+        return min((search(run, done, both)[0] for run in runs), key=lambda run: mean_loss(run, done, both))
+
+    return (
+        tuned([mod, dense], done, both, FRESH)
+        or tuned(pair(1e13), done, both, FRESH)
+        or tuned(dense_sizes + mod_sizes, done, both, ())
+        or tuned([best(dense_sizes), best(mod_sizes)], done, both, FRESH)
+        or tuned(pair(3e13), done, both, FRESH)
+        or tuned([replace(mod, variant=name) for name in ("stochastic", "position")], done, both, FRESH)
+    )
 
 
 SETS = {

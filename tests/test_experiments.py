@@ -292,13 +292,33 @@ def test_a_lucky_first_seed_does_not_choose_the_model_that_gets_fresh_seeds():
 
 def test_the_long_set_reports_by_seeds_that_did_not_choose():
     def loss(run):
-        return 2 + 0.01 * abs(math.log(run.learning_rate / (1.25e-3 if run.route_every else 2.5e-3)))
+        best_rate = 1.25e-3 if run.route_every else 2.5e-3
+        return 2 - 0.01 * run.n_layer + 0.01 * abs(math.log(run.learning_rate / best_rate)) + 0.001 * (run.seed == 1)
 
     done = finish(isoflop.long, loss)
-    fresh = [run for run in done if run.seed in runner.FRESH]
-    assert list(done)[-len(fresh) :] == fresh and [run.seed for run in fresh] == sorted(2 * list(runner.FRESH))
-    assert {run.seed for run in done if run not in fresh} == {1, 2}
-    assert {(run.n_layer, run.learning_rate) for run in fresh} == {(4, 1.25e-3), (2, 2.5e-3)}
+    fresh = {}  # {(budget, layers, width, variant): rates}, in the order of the set
+    for run in (run for run in done if run.seed in runner.FRESH):
+        fresh.setdefault((run.budget, run.n_layer, run.n_embd, run.variant), []).append(run.learning_rate)
+    pairs = {budget: [(budget, 4, 64, ""), (budget, 2, 64, "")] for budget in (1e14, 1e13, 3e13)}
+    controls = [(1e14, 4, 64, name) for name in ("stochastic", "position")]
+    larger = [(1e14, 6, 64, ""), (1e14, 4, 128, "")]  # the best of each kind
+    assert set(fresh) == {*pairs[1e14], *pairs[1e13], *larger, *pairs[3e13], *controls}
+    assert set(list(fresh)[:4]) == {*pairs[1e14], *pairs[1e13]} and list(fresh)[-2:] == controls
+    assert all(len(rates) == 6 and len(set(rates)) == 1 for rates in fresh.values())
+    assert {run.seed for run in done} == {1, 2, *runner.FRESH}
+    chosen = {run for run in done if run.seed in (1, 2)}
+    assert {(run.n_layer, run.n_embd) for run in chosen if not run.route_every} == {(2, 64), *isoflop.LONG_SIZES}
+    order = [run.seed for run in done if run.budget == 1e14 and run.seed in runner.FRESH][:12]
+    assert order == sorted(2 * list(runner.FRESH))  # a set that is stopped has pairs
+
+
+def test_the_table_of_the_long_set():
+    done = {
+        isoflop.Run(1e14, layers, 64, routed, rate, seed)
+        for layers, routed in ((4, 2), (2, 0))
+        for rate, seeds in ((1.25e-3, (1, 2)), (2.5e-3, (1, 2, *runner.FRESH)))
+        for seed in seeds
+    }
     rows = report.long_table({run: row_of(run, run.seed + 1.0) for run in done}).splitlines()[2:]
     assert "| MoD 4×64 | 0.00125 | 5, 6, 7, 8, 9, 10 (fresh) | 8.5000 ± 1.8708 | 8.5000 ± 1.8708 |" in rows
     assert len(rows) == 2 * 3 + 1 + 2  # MoD's search took a fourth rate
