@@ -94,8 +94,7 @@ GPU_SIZES = {  # these budgets read the complete works 2 to 8 times, 3 to 11 tim
     3e14: ((2, 192), (3, 192), (3, 256), (4, 192), (4, 256), (6, 192)),
     1e15: ((3, 256), (4, 256), (4, 384), (6, 256), (6, 384), (8, 256)),
 }
-LONG = 1e14  # the budget of the set long
-LONG_SIZES = ((2, 64), (3, 64), (3, 96), (3, 128), (4, 128))  # of its dense models
+LONG_SIZES = ((2, 64), (3, 64), (3, 96), (3, 128), (4, 128))  # of the dense models in the set long
 ABLATED = 3e12  # the budget at which one thing at a time is changed in the best MoD model
 VARIANTS = ("stochastic", "position", "no_gate", "sigmoid_gate", "loud_router", "exploring_noise")
 CAUSAL = ({}, {"causal_method": "router"}, {"variant": "expert_threshold"})  # three ways to decide without look-ahead
@@ -176,7 +175,7 @@ def long(done):
 
     Two seeds choose the learning rate of each model, and the best size. Then fresh seeds report.
     """
-    mod, dense = Run(LONG, 4, 64, 2, 2.5e-3), Run(LONG, 2, 64, 0, 2.5e-3)
+    mod, dense = Run(report.LONG, 4, 64, 2, 2.5e-3), Run(report.LONG, 2, 64, 0, 2.5e-3)
     dense_sizes = [replace(dense, n_layer=n, n_embd=width) for n, width in LONG_SIZES]
     mod_sizes = [mod, replace(mod, n_layer=6)]
     both = SEEDS[:2]
@@ -285,12 +284,8 @@ def main(argv=None):
         done = runner.read(args.results, Run)
         models = report.models_of(done)
         report.draw(models, args.results)
-        tables = report.tables(models)
-        if trained_long := {run: row for run, row in done.items() if (run.budget, run.n_embd) == (LONG, 64)}:
-            tables["long"] = report.long_table(trained_long)
-        print(
-            "\n\n".join(tables.values()) or f"Nothing to compare in {args.results} yet: the best models need all seeds"
-        )
+        nothing = f"Nothing to compare in {args.results} yet: the best models need all seeds"
+        print("\n\n".join(report.tables(models).values()) or nothing)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ FILES = (ROOT / "README.md", ROOT / "docs" / "speed.md", RESULTS / "README.md")
 
 
 def measured():
-    """What results/ holds: of isoflop.py, routing.py, known_depth.py, recall.py, bench.py, the set `long`, presets."""
+    """What results/ holds: of isoflop.py, routing.py, known_depth.py, recall.py, bench.py, the presets."""
     timed = [json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / "bench").glob("*.json")]
     return (
         report.models_of(runner.read(RESULTS / "isoflop", isoflop.Run)),
@@ -29,12 +29,11 @@ def measured():
         known_depth.ordered(runner.read(RESULTS / "known_depth", known_depth.Run)),
         runner.read(RESULTS / "recall", recall.Run),
         sorted(timed, key=lambda f: (f["n_layer"], f.get("n_expert", 0), f.get("train_flop_ratio", 0))),
-        runner.read(RESULTS / "long", isoflop.Run),
         plot.group_by_setting([plot.read_run(path) for path in sorted((RESULTS / "shakespeare_cpu").glob("*-*"))]),
     )
 
 
-def blocks(models, learned, known, recalled, timed, long, presets):
+def blocks(models, learned, known, recalled, timed, presets):
     """The generated parts, {NAME: text}."""
     claims, verdicts = report.claims(models, learned, timed)
     return {
@@ -46,7 +45,6 @@ def blocks(models, learned, known, recalled, timed, long, presets):
         "verdicts": verdicts,
         "training speed": training_speed(timed),
         "sampling speed": sampling_speed(timed),
-        "long": report.long_table(long),
         "presets": plot.table(presets),
     }
 
@@ -94,7 +92,7 @@ def filled(text, parts):
 
 
 def main():
-    measurements = models, learned, known, recalled, _, _, presets = measured()
+    measurements = models, learned, known, recalled, _, presets = measured()
     report.draw(models, RESULTS / "isoflop")
     routing.draw(learned, RESULTS / "routing" / "routing.png")
     known_depth.draw(known, RESULTS / "known_depth" / "known_depth.png")

@@ -22,6 +22,7 @@ LOOKS = {
     "dense": dict(color="#1f4e79", marker="o", linestyle="-"),
     "MoD": dict(color="#d1495b", marker="s", linestyle="--"),
 }
+LONG = 1e14  # training FLOPs of the set long
 MARGIN = 0.5  # percent of the loss: the most that still counts as "as good"
 SAVING = 0.75  # of the FLOPs per forward pass: the most that counts as cheaper
 DENSE_BASELINE = "dense, without these blocks"
@@ -32,8 +33,8 @@ class Model:
     """The runs of one model at its best learning rate."""
 
     run: object  # of seed 1: isoflop.Run, or another experiment's
-    choice: float  # the loss on the data for choosing: the mean of SEEDS when all are there, before that seed 1's
-    rows: list  # lines of runs.jsonl to report: of SEEDS without the first, which chose the rate; else of that one
+    choice: float  # the loss on the data for choosing: the mean of two or all SEEDS, otherwise seed 1's
+    rows: list  # lines of runs.jsonl to report: of SEEDS without the first, which chose the rate; of one or two, all
     fresh: list  # the lines of FRESH if all are there, else none
     halves: tuple = ("report",)  # of the held-out text, on which losses are reported; the other half is for choosing
 
@@ -75,9 +76,10 @@ def models_of(done):
         rows = rates[rate]
         first, fresh = ([rows[seed] for seed in group if seed in rows] for group in (SEEDS, FRESH))
         if first and all(row["report"] for row in rows.values()):
-            choice = choice_loss(first if len(first) == len(SEEDS) else first[:1])
+            choice = choice_loss(first if len(first) in (2, len(SEEDS)) else first[:1])
             fresh = fresh if len(fresh) == len(FRESH) else []
-            models.append(Model(replace(run, learning_rate=rate), choice, first[1:] or first, fresh))
+            rows = first[1:] if len(first) > 2 else first
+            models.append(Model(replace(run, learning_rate=rate), choice, rows, fresh))
     return models
 
 
@@ -143,8 +145,8 @@ def find(run, models):
 
 
 def baseline_of(model, models):
-    """The dense model that is this MoD model without its routed blocks, or None."""
-    return find(replace(model.run, n_layer=model.run.n_layer // 2, route_every=0), models)
+    """The dense model that is this MoD model, or this variant of it, without its routed blocks; or None."""
+    return find(replace(model.run, n_layer=model.run.n_layer // 2, route_every=0, variant=""), models)
 
 
 def candidates(models, budget):
@@ -244,6 +246,7 @@ def cells(name, model, against=None):
         "FLOPs/token": f"{model['forward_flops_per_token']:,.0f}",
         "steps": f"{model['steps']:,}",
         "rate": f"{model.run.learning_rate:g}",
+        "seeds": ", ".join(str(row["run"]["seed"]) for row in model.rows),
         "causal": spread(model.losses(), "{:.4f}"),
         "top-k": spread(model.losses("topk"), "{:.4f}") if model.run.route_every else "same",
         **dict.fromkeys(("against", "against dense", "against MoD"), distance),
@@ -326,25 +329,36 @@ def expert_table(models):
     return markdown(f"{COLUMNS} | against MoD", rows)
 
 
-def long_table(done):
-    """The runs of the set long: for each learning rate the mean loss on each half, and what the fresh seeds say."""
-    groups, rows = {}, []
-    for run in done:
-        name = f"{'MoD' if run.route_every else 'dense'} {run.n_layer}×{run.n_embd}"
-        which = "fresh" if run.seed in FRESH else "choice"
-        groups.setdefault((name, which, run.learning_rate), []).append(run)
-    for (name, which, rate), runs in sorted(groups.items()):
-        seeds, found = ", ".join(str(run.seed) for run in runs), [done[run] for run in runs]
-        halves = [[row[half] and row[half]["val_loss_causal"] for row in found] for half in ("choose", "report")]
-        shown = [spread(losses, "{:.4f}") if all(losses) else "diverged" for losses in halves]
-        rows.append([name, f"{rate:g}", f"{seeds} ({which})", *shown])
-    return markdown(":model | rate | seeds | first half | second half", rows)
+def long_pairs(models):
+    """{budget: {"MoD": 4×64, "dense": 2×64}, by fresh seeds}: a pair that was trained longer and longer."""
+    sizes = {m.run.budget: m for m in models if m.run.plain and (m.kind, m.name) == ("MoD", "4×64")}
+    pairs = {budget: {"MoD": mod, "dense": baseline_of(mod, models)} for budget, mod in sorted(sizes.items())}
+    return {b: final(pair) for b, pair in pairs.items() if all(m and m.fresh for m in pair.values())}
+
+
+def long_table(models):
+    """The models of the set long, each at its chosen rate, and how far MoD lies from dense models and its controls."""
+    ours = [m for budget, pair in long_pairs(models).items() if budget < LONG for m in pair.values()]
+    ours += sorted((m for m in models if m.run.budget == LONG), key=lambda m: (m.kind, m["parameters"]))
+    best = min((m for m in ours if m.run.budget == LONG and m.kind == "dense"), key=lambda m: m.choice, default=None)
+    rows = []
+    for model in ours:
+        others = {"its baseline": baseline_of(model, ours)} if model.kind == "MoD" else {}
+        if model.run.variant:
+            others["MoD"] = find(replace(model.run, variant=""), ours)
+        if others and model.run.budget == LONG and best not in others.values():
+            others["the best dense"] = best
+        pairs = {name: final({"model": model, "other": m}) for name, m in others.items() if m}
+        against = [f"{name} {pair['other'].name}: {compared(*pair.values())}" for name, pair in pairs.items()]
+        rows.append(cells(model.run.variant or model.kind, final({"": model})[""]) | {"against": "; ".join(against)})
+    return markdown("FLOPs | :model | parameters | FLOPs/token | steps | rate | seeds | causal | :against", rows)
 
 
 def tables(models):
     """{name: table}, without those for which runs are missing."""
     found = {"isoflop": isoflop_table, "crossover": crossover, "changes": ablation_table, "causal": causal_table}
-    return {name: text for name, table in {**found, "experts": expert_table}.items() if (text := table(models))}
+    found |= {"experts": expert_table, "long": long_table}
+    return {name: text for name, table in found.items() if (text := table(models))}
 
 
 # Pictures
@@ -415,20 +429,25 @@ def draw_budget(axes, models, budget, x, xlabel):
 
 @style
 def draw_crossover(models, path):
-    """The distance of the best MoD from the best dense GPT over the budget."""
+    """Over the budget, how far the best MoD lies above the best dense GPT, and a MoD of one size above its baseline."""
     found = comparisons(models)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     mean, half = zip(*(roles["distance"] for roles in found.values()))
     # No line between them: a few budgets are not a curve.
-    axes.errorbar(list(found), mean, yerr=half, capsize=4, **{**LOOKS["MoD"], "linestyle": ""}, label="the best MoD")
-    axes.axhline(0, color=LOOKS["dense"]["color"], label="the best dense GPT")
+    look = {**LOOKS["MoD"], "linestyle": "", "capsize": 4}
+    axes.errorbar(list(found), mean, yerr=half, **look, label="the best MoD above the best dense GPT")
+    if pairs := long_pairs(models):
+        mean, half = zip(*(difference(*pair.values()) for pair in pairs.values()))
+        beside = [1.1 * budget for budget in pairs]
+        axes.errorbar(beside, mean, yerr=half, **look, mfc="white", label="MoD 4×64 above dense 2×64, its baseline")
+    axes.axhline(0, color=LOOKS["dense"]["color"], label="the dense GPT")
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=1)  # a seed that hardly learned must not flatten all others
     axes.set_yticks([-10, -3, -1, -0.5, 0, 0.5, 1, 3, 10])
     axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.set(xlabel="training FLOPs", ylabel="loss of the best MoD above dense (percent)")
-    axes.set_title("How far the best MoD lies above the best dense GPT (95% intervals)")
+    axes.set(xlabel="training FLOPs", ylabel="loss of MoD above dense (percent)")
+    axes.set_title("How far MoD lies above a dense GPT with as many training FLOPs (95% intervals)")
     axes.legend()
     save(figure, path)
 
@@ -460,16 +479,9 @@ def claims(models, learned, timed):
     figures of bench.py.
     """
     found = comparisons(models)
-    ours = [
-        claim_1(found),
-        claim_2(found),
-        as_good_and_cheaper(found, "cheaper", timed),
-        as_good_and_cheaper(found, "as large", timed),
-        claim_5(models),
-        claim_6(found),
-        claim_7(learned),
-        claim_8(models),
-    ]
+    ours = [claim_1(found), claim_2(found)]
+    ours += [as_good_and_cheaper(found, role, timed) for role in ("cheaper", "as large")]
+    ours += [claim_5(models), claim_6(found), claim_7(learned), claim_8(models)]
     rows, verdicts = [], []
     for (claim, paper, command), (here, verdict) in zip(CLAIMS, ours):
         rows.append([claim, paper, here, verdict, f"`experiments.{command}`"])

@@ -281,7 +281,8 @@ def test_generate_brings_the_prompt_to_the_device(gpu):
 )
 @pytest.mark.parametrize("kind", ["MoD", "dense", "staged"])
 def test_sample_reads_each_token_once(tiny, gpu, monkeypatch, kind, options):
-    train.train(dataclasses.replace(tiny, n_layer=4, capacity=0.5, **KINDS[kind]))
+    capacity = {} if kind == "dense" else dict(capacity=0.5)
+    train.train(dataclasses.replace(tiny, n_layer=4, **capacity, **KINDS[kind]))
     config = sample.SampleConfig(out_dir=tiny.out_dir, start="ab", max_new_tokens=40, device="cpu", show_depth=True)
     config = dataclasses.replace(config, **{"dtype": "float32", "show_depth": kind != "dense"} | options)
     expected, counts = sample.sample(config), []

@@ -6,7 +6,6 @@ import math
 import os
 import random
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -215,10 +214,12 @@ def test_the_runs_of_another_experiment_are_not_this_ones(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("No runs in")
 
 
-def test_the_set_long_prints_its_table(tmp_path, capsys):
-    shutil.copy(ROOT / "results" / "long" / "runs.jsonl", tmp_path)
+def test_draw_prints_the_table_of_the_set_long(tmp_path, capsys):
+    lines = (ROOT / "results" / "isoflop" / "runs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    long = "".join(line for line in lines if json.loads(line)["run"]["budget"] == report.LONG)
+    (tmp_path / "runs.jsonl").write_text(long, encoding="utf-8")
     isoflop.main(["draw", f"--results={tmp_path}"])
-    assert "| MoD 4×64 | 0.00125 | 1" in capsys.readouterr().out
+    assert "| 1e14 | MoD, 4×64 | 215,106 |" in capsys.readouterr().out
 
 
 def test_a_line_that_is_no_run_is_named(tmp_path):
@@ -313,19 +314,40 @@ def test_the_long_set_reports_by_seeds_that_did_not_choose():
 
 
 def test_the_table_of_the_long_set():
-    done = {
-        isoflop.Run(1e14, layers, 64, routed, rate, seed)
-        for layers, routed in ((4, 2), (2, 0))
-        for rate, seeds in ((1.25e-3, (1, 2)), (2.5e-3, (1, 2, *runner.FRESH)))
-        for seed in seeds
-    }
-    rows = report.long_table({run: row_of(run, run.seed + 1.0) for run in done}).splitlines()[2:]
-    assert "| MoD 4×64 | 0.00125 | 5, 6, 7, 8, 9, 10 (fresh) | 8.5000 ± 1.8708 | 8.5000 ± 1.8708 |" in rows
-    assert len(rows) == 2 * 3 + 1 + 2  # MoD's search took a fourth rate
-    diverged = isoflop.Run(1e14, 2, 64, 0, 1e-2)
-    assert "| dense 2×64 | 0.01 | 1 (choice) | diverged | diverged |" in report.long_table(
-        {diverged: {"run": vars(diverged), "choose": None, "report": None}}
-    )
+    def lines(run, loss, seeds):
+        runs = [replace(run, seed=seed) for seed in seeds]
+        return {run: row_of(run, loss + 0.01 * (run.seed % 2)) for run in runs}
+
+    def table():
+        text = report.long_table(report.models_of(done)).splitlines()[2:]
+        return [[cell.strip() for cell in row.strip("|").split("|")] for row in text]
+
+    mod, dense = isoflop.Run(1e14, 4, 64, 2, 1.25e-3), isoflop.Run(1e14, 2, 64, 0, 2.5e-3)
+    done = lines(mod, 1.47, (1, 2)) | lines(replace(mod, learning_rate=2.5e-3), 1.6, (1, 2)) | lines(dense, 1.5, (1, 2))
+    (ours, baseline) = table()
+    assert ours[1] == "MoD, 4×64" and ours[5:7] == ["0.00125", "1, 2"]
+    assert ours[8] == "its baseline 2×64: -1.99% (too few seeds) (-1.99, -1.99)" and baseline[8] == ""
+    # Fresh seeds report as soon as both models have them; a larger dense model has none yet.
+    done |= lines(mod, 1.47, runner.FRESH) | lines(dense, 1.5, runner.FRESH)
+    done |= lines(replace(dense, n_layer=3), 1.4, (1, 2))
+    error = 2.5706 * math.sqrt(2 * np.var(3 * [0, 0.01], ddof=1) / 6)  # Student's t of five degrees of freedom
+    ours = table()[0]
+    assert ours[6:8] == ["5, 6, 7, 8, 9, 10", "1.4750 ± 0.0055"]
+    assert ours[8].split("; ") == [
+        f"its baseline 2×64: {100 * (1.475 / 1.505 - 1):.2f}% ± {100 * error / 1.505:.2f} (-1.99, -1.99)",
+        "the best dense 3×64: +4.98% (too few seeds) (+4.98, +4.98)",
+    ]
+    # The same pair with a tenth of the budget, and a control.
+    done |= lines(replace(mod, budget=1e13), 1.7, (1, 2, *runner.FRESH))
+    done |= lines(replace(dense, budget=1e13), 1.7, (1, 2, *runner.FRESH))
+    done |= lines(replace(mod, variant="stochastic"), 1.47, (1, 2, *runner.FRESH))
+    rows = table()
+    assert [row[:2] for row in rows[:2]] == [["1e13", "MoD, 4×64"], ["1e13", "dense, 2×64"]]
+    assert rows[0][8].startswith("its baseline 2×64: +0.00% ±") and "best dense" not in rows[0][8]
+    (control,) = (row for row in rows if row[1] == "stochastic, 4×64")
+    assert [text.split(":")[0] for text in control[8].split("; ")] == [
+        "its baseline 2×64", "MoD 4×64", "the best dense 3×64",
+    ]  # fmt: skip
 
 
 def test_the_ablations_change_one_thing_each_at_a_rate_of_their_own(monkeypatch):

@@ -171,7 +171,7 @@ def mute():
 
 
 def test_a_token_without_a_text_is_shown_as_unknown(tiny):
-    train.train(dataclasses.replace(tiny, vocab_size=64, max_iters=1, learning_rate=0.0))
+    train.train(dataclasses.replace(tiny, vocab_size=64, max_iters=1, learning_rate=0.0, min_lr=0.0))
     config = sample.SampleConfig(out_dir=tiny.out_dir, max_new_tokens=60, temperature=2.0, device="cpu")
     assert "\N{REPLACEMENT CHARACTER}" in sample.sample(config)[0]
 
