@@ -34,7 +34,7 @@ class GPTConfig:
     bias: bool = True  # biases in linear layers and LayerNorms, as in GPT-2
     capacity: float = 0.125  # share of the tokens that a routed block processes, in (0, 1]
     route_every: int = 2  # 2: blocks 1, 3, 5, ... are routed; 1: every block; 0: none, a plain dense GPT
-    causal_method: Literal["predictor", "router"] = "predictor"  # picks in sampling: predictor, or router if r > 0
+    causal_method: Literal["predictor", "router"] = "predictor"  # picks tokens in sampling; router: those with r > 0
     predictor_hidden: int = 32  # hidden units of the predictor
     variant: str = ""  # a routed block from variants.py, such as sigmoid_gate; empty: the paper's
 

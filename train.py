@@ -126,12 +126,16 @@ def train(config):
         "(3 x the top-k forward pass, evaluation not counted)"
     )
     if config.warmup_iters >= config.max_iters:
-        print(f"The warm-up of {config.warmup_iters:,} steps is as long as the run, so the rate never reaches its peak")
+        print(
+            f"The warm-up takes {config.warmup_iters:,} steps, the run {config.max_iters:,}: the learning rate never "
+            "reaches its peak; lower --warmup_iters"
+        )
 
     out_dir = Path(config.out_dir)
     if config.resume and not out_dir.is_dir():
         raise UserError(f"nothing to resume in {out_dir}: there is no such folder")
     with contextlib.ExitStack() as held, Stop() as stop:
+        # Inside Stop, because the first optimizer imports more of PyTorch, and a Ctrl-C would leave it half imported.
         optimizer = configure_optimizer(model, config)
         scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.dtype == "float16")
         stateful = {"optimizer": optimizer, "scaler": scaler}
@@ -315,8 +319,9 @@ def options_of_the_run(preset, given):
     without_effect = {"init_from"} | (of_the_model if given.get("eval_only") else set())
     idle = sorted(name for name in given.keys() & without_effect if given[name] != saved.get(name))
     if idle:
-        how = "eval_only" if given.get("eval_only") else "resume"
-        raise UserError(f"--{idle[0]} differs from the run's and has no effect with --{how}; leave it out")
+        name, how = idle[0], "eval_only" if given.get("eval_only") else "resume"
+        value = f"{name} {given[name]!r} is not the run's ({saved.get(name)!r})"
+        raise UserError(f"{value} and has no effect with --{how}; leave it out")
     if {"max_iters", "flop_budget"} & given.keys():  # either one replaces the run's old length
         saved |= {"max_iters": 0, "flop_budget": 0.0}
     return {**saved, **given, "out_dir": out_dir}
@@ -368,14 +373,14 @@ def model_config(config, meta):
             "use more blocks, or --route_every=0 for a dense GPT"
         )
     without_effect = (
-        (not config.route_every, "capacity causal_method variant n_expert", "in a dense GPT"),
-        (not config.n_expert, "expert_capacity n_noop staged", "without experts; set --n_expert, such as --n_expert=4"),
-        (config.n_expert and not config.staged, "capacity", "beside experts that are not staged; set --staged"),
+        (not config.route_every, "capacity causal_method variant n_expert", "in a dense GPT (route_every 0)"),
+        (not config.n_expert, "expert_capacity n_noop staged", "without experts (n_expert 0)"),
+        (config.n_expert and not config.staged, "capacity", "beside experts that are not staged"),
     )
     for applies, names, where in without_effect:
         for name in names.split() if applies else ():
             if getattr(config, name) != getattr(TrainConfig, name):
-                raise UserError(f"{name} {getattr(config, name)} has no effect {where}")
+                raise UserError(f"{name} {getattr(config, name)} has no effect {where}; leave it out")
     cls = config_class(asdict(config))
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}
     values["vocab_size"] = config.vocab_size or meta["vocab_size"]

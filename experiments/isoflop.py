@@ -170,8 +170,8 @@ def experts(done):
 
 def long(done):
     """
-    At a width of 64, trained ten times longer than at 1e13: MoD against the same model without its routed blocks. Then
-    the same pair at 1e13; other sizes at 1e14, the best of each kind; the pair at 3e13; random and position routing.
+    Trained ten times longer than at 1e13: a MoD of width 64 against the same model without its routed blocks. Then the
+    same pair at 1e13; other sizes at 1e14, the best of each kind; the pair at 3e13; random and position routing.
 
     Two seeds choose the learning rate of each model, and the best size. Then fresh seeds report.
     """

@@ -34,7 +34,7 @@ class Model:
 
     run: object  # of seed 1: isoflop.Run, or another experiment's
     choice: float  # the loss on the data for choosing: the mean of two or all SEEDS, otherwise seed 1's
-    rows: list  # lines of runs.jsonl to report: of SEEDS without the first, which chose the rate; of one or two, all
+    rows: list  # lines to report: of SEEDS without the first, which chose the rate; all, if they are only one or two
     fresh: list  # the lines of FRESH if all are there, else none
     halves: tuple = ("report",)  # of the held-out text, on which losses are reported; the other half is for choosing
 
@@ -340,17 +340,17 @@ def long_table(models):
     """The models of the set long, each at its chosen rate, and how far MoD lies from dense models and its controls."""
     ours = [m for budget, pair in long_pairs(models).items() if budget < LONG for m in pair.values()]
     ours += sorted((m for m in models if m.run.budget == LONG), key=lambda m: (m.kind, m["parameters"]))
-    best = min((m for m in ours if m.run.budget == LONG and m.kind == "dense"), key=lambda m: m.choice, default=None)
     rows = []
     for model in ours:
-        others = {"its baseline": baseline_of(model, ours)} if model.kind == "MoD" else {}
-        if model.run.variant:
-            others["MoD"] = find(replace(model.run, variant=""), ours)
-        if others and model.run.budget == LONG and best not in others.values():
-            others["the best dense"] = best
+        others = {}
+        if model.kind == "MoD":
+            best = best_of([m for m in ours if (m.kind, m.run.budget) == ("dense", model.run.budget)])
+            baseline = others["its baseline"] = baseline_of(model, ours)
+            others["MoD"] = find(replace(model.run, variant=""), ours) if model.run.variant else None
+            others["the best dense"] = best if best != baseline else None
         pairs = {name: final({"model": model, "other": m}) for name, m in others.items() if m}
-        against = [f"{name} {pair['other'].name}: {compared(*pair.values())}" for name, pair in pairs.items()]
-        rows.append(cells(model.run.variant or model.kind, final({"": model})[""]) | {"against": "; ".join(against)})
+        against = "; ".join(f"{name} {pair['other'].name}: {compared(*pair.values())}" for name, pair in pairs.items())
+        rows.append(cells(model.run.variant or model.kind, final({"model": model})["model"]) | {"against": against})
     return markdown("FLOPs | :model | parameters | FLOPs/token | steps | rate | seeds | causal | :against", rows)
 
 
@@ -439,8 +439,8 @@ def draw_crossover(models, path):
     axes.errorbar(list(found), mean, yerr=half, **look, label="the best MoD above the best dense GPT")
     if pairs := long_pairs(models):
         mean, half = zip(*(difference(*pair.values()) for pair in pairs.values()))
-        beside = [1.1 * budget for budget in pairs]
-        axes.errorbar(beside, mean, yerr=half, **look, mfc="white", label="MoD 4×64 above dense 2×64, its baseline")
+        look |= {"mfc": "white", "label": "MoD 4×64 above dense 2×64, its baseline"}
+        axes.errorbar([1.1 * budget for budget in pairs], mean, yerr=half, **look)
     axes.axhline(0, color=LOOKS["dense"]["color"], label="the dense GPT")
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=1)  # a seed that hardly learned must not flatten all others

@@ -117,7 +117,7 @@ def ranks_higher(value, taken):
     """The chance that a taken token has a higher value than one that is not; 0.5: no preference. None if undefined."""
     inside, outside = value[taken], value[~taken]
     pairs = len(inside) * len(outside)
-    return float(stats.mannwhitneyu(inside, outside).statistic / pairs) if pairs else None
+    return float(stats.mannwhitneyu(inside, outside, method="asymptotic").statistic / pairs) if pairs else None
 
 
 def known_by(key, taken):

@@ -121,7 +121,7 @@ class StopAll(Stop):
 
     def ask(self, number, frame):
         super().ask(number, frame)
-        if number == signal.SIGTERM:  # only this process gets it; a Ctrl-C reaches the workers too
+        if number != signal.SIGINT:  # only this process may have got it; a Ctrl-C reaches the workers too
             for process in multiprocessing.active_children():
                 process.terminate()  # `train` then saves (Windows kills the worker, and its run starts again)
 
@@ -174,7 +174,7 @@ def run_all(wanted, run_class, execute, results, jobs):
 
 def ignore_signals():
     """In a worker: only `train` reacts to signals, with its own handlers, and saves."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -45,7 +45,7 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
                 predicted = torch.cat([none, *(m.logits.flatten() > 0 for m in scored)])
                 _, causal_loss = model.forward(x, y, routing="causal") if routed else (None, topk_loss)
             agree, hit, member = (taken == predicted).sum(), (taken & predicted).sum(), taken.sum()
-            total = torch.ones_like(taken).sum()
+            total = torch.ones_like(taken).sum()  # their number, on the device: from Python it would be copied there
             counts = torch.stack([agree, hit, member, total, *(block.taken.sum() for block in routed)])
             measured[i] = torch.stack([causal_loss, topk_loss]) * len(x), counts
     # One row per batch, filled by the rank that has it, then summed over the ranks. So the result is the same to the

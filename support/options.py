@@ -256,8 +256,8 @@ def checked(options):
 def _nearest(name, known):
     if instead := INSTEAD.get(str(name).removeprefix("--")):
         return f"; {instead}"
-    begin_so = [option for option in known if option.startswith(str(name))]
-    found = begin_so or difflib.get_close_matches(str(name), list(known), n=1)
+    longer = [option for option in known if str(name).strip("-") and option.startswith(str(name))]
+    found = longer or difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {found[0]}?" if found else ""
 
 

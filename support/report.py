@@ -72,7 +72,9 @@ def describe(model, device, dtype, compiled):
     kind = f"MoD ({routed} of {c.n_layer} blocks routed at {capacity} capacity{variant})" if routed else "Dense"
     if routed and isinstance(model, MoDE):
         noops = f" and {c.n_noop} no-ops" if c.n_noop else ""
-        what = f"{c.n_expert} experts at {c.expert_capacity:.1%} capacity{noops}"
+        # Inside a staged block the experts choose among the tokens it takes, so only the option is shown.
+        share = f"{c.expert_capacity:.1%}" if c.staged else real(c.expert_capacity)
+        what = f"{c.n_expert} experts at {share} capacity{noops}"
         around = f", routed at {real(c.capacity)}" if c.staged else ""
         kind = f"{'MoDE' if c.staged or c.n_noop else 'MoE'} ({routed} of {c.n_layer} blocks with {what}{around})"
     share = model.flops(c.block_size) / forward_flops(dataclasses.replace(c, route_every=0), c.block_size)

@@ -149,10 +149,22 @@ ROWS = [
         "min_lr 0.0001 is above learning_rate 1e-05, so the rate would rise; lower it",
     ),
     ("train", "... --route_every=3", "route_every 3 routes none of 2 blocks; use more blocks, or --route_every=0"),
-    ("train", "... --route_every=0 --capacity=0.5", "capacity 0.5 has no effect in a dense GPT"),
+    (
+        "train",
+        "... --route_every=0 --capacity=0.5",
+        "capacity 0.5 has no effect in a dense GPT (route_every 0); leave",
+    ),
     ("train", "... --route_every=0 --variant=stochastic", "variant stochastic has no effect in a dense GPT"),
-    ("train", "... --expert_capacity=0.5", "expert_capacity 0.5 has no effect without experts; set --n_expert"),
-    ("train", "... --n_expert=2 --capacity=0.5", "capacity 0.5 has no effect beside experts that are not staged; set"),
+    (
+        "train",
+        "... --expert_capacity=0.5",
+        "expert_capacity 0.5 has no effect without experts (n_expert 0); leave it",
+    ),
+    (
+        "train",
+        "... --n_expert=2 --capacity=0.5",
+        "capacity 0.5 has no effect beside experts that are not staged",
+    ),
     ("train", "... --qqqq=1", "unknown option --qqqq; --help lists them all"),
     (
         "train",

@@ -313,7 +313,7 @@ def test_the_long_set_reports_by_seeds_that_did_not_choose():
     assert order == sorted(2 * list(runner.FRESH))  # a set that is stopped has pairs
 
 
-def test_the_table_of_the_long_set():
+def test_the_table_and_the_picture_of_the_long_set(tmp_path):
     def lines(run, loss, seeds):
         runs = [replace(run, seed=seed) for seed in seeds]
         return {run: row_of(run, loss + 0.01 * (run.seed % 2)) for run in runs}
@@ -348,6 +348,10 @@ def test_the_table_of_the_long_set():
     assert [text.split(":")[0] for text in control[8].split("; ")] == [
         "its baseline 2×64", "MoD 4×64", "the best dense 3×64",
     ]  # fmt: skip
+    models = at_budgets(1.648, 1.632) + report.models_of(done)
+    assert list(report.long_pairs(models)) == [1e13, 1e14]
+    report.draw(models, tmp_path)  # the crossover with hollow marks
+    assert (tmp_path / "crossover.png").stat().st_size > 10_000
 
 
 def test_the_ablations_change_one_thing_each_at_a_rate_of_their_own(monkeypatch):

@@ -172,7 +172,7 @@ def test_a_run_says_what_is_not_as_asked(tiny, capsys):
     """A short context rounds the capacity, and a long warm-up never ends."""
     train.train(dataclasses.replace(tiny, block_size=4, warmup_iters=6))
     out = capsys.readouterr().out
-    assert "routed at 25.0% capacity" in out and "The warm-up of 6 steps is as long as the run" in out
+    assert "routed at 25.0% capacity" in out and "The warm-up takes 6 steps, the run 6" in out
 
 
 def test_it_learns(tiny):
@@ -279,9 +279,9 @@ def test_eval_only_gives_the_best_checkpoints_loss_and_changes_no_file(tiny, tmp
     train.main(["--eval_only", f"--out_dir={tmp_path / 'best'}"])
     assert f"val loss {row['val_loss_causal']:.4f}" in capsys.readouterr().out.splitlines()[-1]
     line = told(train, ["--eval_only", f"--out_dir={tiny.out_dir}", f"--n_layer={tiny.n_layer}", "--capacity=0.5"])
-    assert "--capacity differs from the run's and has no effect with --eval_only; leave it out" in line
+    assert "capacity 0.5 is not the run's (0.125) and has no effect with --eval_only; leave it out" in line
     line = told(train, ["--resume", f"--out_dir={tiny.out_dir}", f"--init_from={tmp_path / 'best'}", "--max_iters=9"])
-    assert "--init_from differs from the run's and has no effect with --resume; leave it out" in line
+    assert "is not the run's ('') and has no effect with --resume; leave it out" in line
     (tmp_path / "text").write_text("0123456789" * 50)
     prepare.main(["--input", str(tmp_path / "text"), "--out", str(tmp_path / "other")])
     with pytest.raises(
