@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -173,7 +174,8 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that asks")
 @pytest.mark.slow
-def test_a_set_that_is_stopped_goes_on_inside_its_runs_and_ends_the_same(tmp_path, dataset):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])  # SIGHUP: a closed terminal
+def test_a_set_that_is_stopped_goes_on_inside_its_runs_and_ends_the_same(tmp_path, dataset, name):
     script = tmp_path / "set_of_two.py"
     script.write_text(SET_OF_TWO, encoding="utf-8")
 
@@ -192,7 +194,7 @@ def test_a_set_that_is_stopped_goes_on_inside_its_runs_and_ends_the_same(tmp_pat
         if process.poll() is not None:
             assert process.returncode == 0, process.stderr.read()
             break
-        process.terminate()
+        process.send_signal(getattr(signal, name))
         assert process.wait() == 130, process.stderr.read()
         stops += 1
         resumed |= any("Resuming" in log.read_text(encoding="utf-8") for log in results.glob("under-way/*/log.txt"))
