@@ -343,7 +343,8 @@ def resolve(config):
             f"lower it too, such as --min_lr={config.learning_rate / 10:g}"
         )
     in_nanogpt = {"scratch": "leave it out", "resume": "use --resume"}
-    in_nanogpt |= {f"gpt2{size}": "run python -m support.gpt2 first" for size in ("", "-medium", "-large", "-xl")}
+    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        in_nanogpt[name] = f"run python -m support.gpt2 --model={name} --out_dir=out-{name}, then name that folder"
     hint = in_nanogpt.get(config.init_from)
     if hint and not config.resume and not Path(config.init_from).is_dir():
         raise UserError(f"init_from is the folder of a model; for {config.init_from}, {hint}")

@@ -5,8 +5,8 @@ Do saved FLOPs become saved time? A Mixture-of-Depths GPT against a dense one, i
     python -m experiments.bench --n_layer=12 --n_head=12 --n_embd=768 --block_size=512 --part=sampling
     python -m experiments.bench --check --device=mps
 
-Prints medians of alternating runs, without warm-up; the last line is JSON. --check only
-compares an untested device's results with the CPU's.
+Prints medians of alternating runs, after untimed warm-up runs; the last line is JSON. --check only compares an untested
+device's results with the CPU's.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -134,7 +134,8 @@ def clocked(work, device):
 def bench_training(configs, options, machine):
     flops = {name: forward_flops(config, config.block_size) for name, config in configs.items()}
     flop_ratio = flops["mod"] / flops["dense"]
-    kind = "MoDE" if isinstance(configs["mod"], MoDEConfig) else "MoD"
+    experts = "MoDE" if options.staged or options.n_noop else "MoE"
+    kind = experts if isinstance(configs["mod"], MoDEConfig) else "MoD"
     print(f"Training: a {kind} step has {flop_ratio:.3f} of the dense step's FLOPs")
     steps = {name: training_step(config, options.batch_size, machine) for name, config in configs.items()}
     seconds = in_turn(lambda name, repeat: clocked(steps[name], machine.device)[0], options)

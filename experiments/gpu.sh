@@ -4,7 +4,7 @@
 #     bash experiments/gpu.sh results/gpu
 #
 # Each step leaves its output in the folder. A finished step is not run again, and an unfinished one continues where it
-# can, so after a stop (Ctrl-C, a time limit) the same command goes on. JOBS models share the GPU in the last step.
+# can, so after a stop (Ctrl-C, a time limit) the same command resumes. JOBS models share the GPU in the last step.
 # DEVICE=cpu SMALL=1 tries all of it in miniature.
 set -uo pipefail
 cd "$(dirname "$0")/.."

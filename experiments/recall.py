@@ -211,7 +211,7 @@ def draw(done, path, T=64):
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     above, *strips = figure.subplots(3, 1, height_ratios=(6, 1, 1))
     above.axvspan(LEARNED, 1.03, color="green", alpha=0.1)
-    guess = sum(1 / n for n in range(1, LENGTH)) / (LENGTH - 1)  # among the code's digits that have not come again yet
+    guess = sum(1 / n for n in range(1, LENGTH)) / (LENGTH - 1)  # among the digits not repeated yet
     above.axvline(guess, color="grey", linestyle=":")
     above.text(guess, -0.8, " guessing by elimination", fontsize=8, color="grey")
     above.text(LEARNED, -0.8, " learned it", fontsize=8, color="green")

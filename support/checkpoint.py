@@ -68,7 +68,7 @@ def contents(out_dir, name):
     """As `read`, without a look at the .pt files."""
     path = out_dir / f"{name}.json"
     if not path.is_file() and (out_dir / "config.json").is_file():
-        raise UserError(f"no checkpoint {path}: the run has not saved one; start it again without --resume")
+        raise UserError(f"no checkpoint {path}: the run has not saved one; start it again (without --resume)")
     if not path.is_file():
         train = command("python", "train.py", "config/shakespeare_mod.py", f"--out_dir={out_dir}")
         advice = "" if os.path.lexists(out_dir) else f", or train one: {train}"
@@ -136,6 +136,11 @@ def start_from(folder, model, meta):
     That checkpoint may have fewer tokens (a vocabulary that is padded now), a longer context, and no routed blocks.
     Weights that it lacks stay random.
     """
+    if not (folder / "best.json").is_file():
+        raise UserError(
+            f"no checkpoint {folder / 'best.json'} to start from; name a run's folder with --init_from "
+            "(python -m support.gpt2 makes one of GPT-2's weights)"
+        )
     theirs, info = load(folder, "best", "cpu")
     if any(info["data"].get(name) != meta.get(name) for name in ("tokenizer", "vocab")):
         raise UserError(f"the model in {folder} has other tokens than the data set; they must be the same")

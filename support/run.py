@@ -195,7 +195,7 @@ def load(out_dir, model, stateful, max_iters, info, defaults):
     if shape:
         raise UserError(f"the run in {out_dir} has another model: {shape}. Resume with its own options")
     before, now = {**defaults, **found["config"]}, info["config"]
-    # With half the batch and twice the micro-steps, as for want of memory, a step reads the same sequences.
+    # With half the batch and twice the micro-steps, as when memory is short, a step reads the same sequences.
     sizes = ("batch_size", "gradient_accumulation_steps")
     batch = checkpoint.differences(before, now, sizes)
     as_many = math.prod(before[name] for name in sizes) == math.prod(now[name] for name in sizes)

@@ -12,7 +12,8 @@ from support import ranks
 class Stop:
     """
     A context in which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) only set `requested` to the signal's number. The
-    training loop checks it where stopping is safe. A second signal sets `again` and stops at once.
+    training loop checks it where stopping is safe. A second signal sets `again` and stops at once (not under torchrun,
+    where it may be the same request again).
     """
 
     FIRST, AT_ONCE = b"Stopping after this step", "Stopped at once; earlier saves are intact"

@@ -205,7 +205,7 @@ ROWS = [
     ("train", f"... --n_embd={10**18}", "train.py: out of memory (Storage size"),
     ("train", "... --init_from=resume", "init_from is the folder of a model; for resume, use --resume"),
     ("train", "... --init_from=scratch", "for scratch, leave it out"),
-    ("train", "... --init_from=gpt2-xl", "for gpt2-xl, run python -m support.gpt2 first"),
+    ("train", "... --init_from=gpt2-xl", "run python -m support.gpt2 --model=gpt2-xl --out_dir=out-gpt2-xl, then"),
     ("train", "... --always_save_checkpoint=True", "leave it out, every evaluation saves a checkpoint"),
     ("train", "... --lr_decay_iters=5000", "leave it out, the learning rate decays until the end of the run"),
     ("train", "... --wandb_log=True", "use --wandb=PROJECT"),

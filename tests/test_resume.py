@@ -1013,7 +1013,7 @@ def test_a_run_without_a_checkpoint_is_told_to_start_again(tiny, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         train.train(tiny)
     line = told(train, ["--resume", f"--out_dir={tiny.out_dir}"])
-    assert "last.json: the run has not saved one; start it again without --resume" in line and "preset" not in line
+    assert "last.json: the run has not saved one; start it again (without --resume)" in line and "preset" not in line
     assert "config/" not in line and "config/" not in told(sample, [f"--out_dir={tiny.out_dir}"])
 
 
