@@ -163,10 +163,12 @@ def test_what_is_under_way_is_finished_and_kept_when_another_run_fails(tmp_path)
 
 
 SET_OF_TWO = """
+import signal
 import sys
 from experiments import isoflop
 runs = [isoflop.Run(2e10, 2, 32, 2, seed=seed) for seed in (1, 2)] + [isoflop.Run(1e9, 1, 32, 0)]
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup, which ignores it
     isoflop.SETS["two"] = lambda done: [run for run in runs if run not in done]
     isoflop.main(["two", *sys.argv[1:]])
 """
