@@ -18,8 +18,8 @@ from mod import RoutedBlock, capacity_in_tokens
 
 class NoGate(RoutedBlock):
     """
-    Adds the update as it is. The language-model loss then never reaches the router; with a predictor it stays random.
-    (Not for several GPUs: DistributedDataParallel refuses parameters without a gradient.)
+    Adds the update as it is. The language-model loss then never reaches the router; with a predictor, the router stays
+    random. (Not for several GPUs: DistributedDataParallel refuses parameters without a gradient.)
     """
 
     def gate(self, r):

@@ -80,12 +80,12 @@ def model_of(options):
     return GPT(GPTConfig(**{**shape, **options}))
 
 
-def texts(seed, n, letters="dice"):
-    """n texts and their targets (n, T), and where their numbers begin (n,). Letters: "dice" (random) or "copied"."""
+def texts(seed, n, letters="random"):
+    """n texts and their targets (n, T), and where their numbers begin (n,). Letters: "random" or "copied"."""
     rng = np.random.default_rng(seed)
     x = rng.integers(LETTERS, size=(n, T))
-    dice = rng.integers(LETTERS, size=(n, T))
-    y = x.copy() if letters == "copied" else dice
+    random = rng.integers(LETTERS, size=(n, T))
+    y = x.copy() if letters == "copied" else random
     start = rng.integers(T - LENGTH + 1, size=n)
     numbers = rng.integers(NUMBERS, size=(n, LENGTH))
     row, place = np.arange(n)[:, None], start[:, None] + np.arange(LENGTH)
@@ -137,7 +137,7 @@ def execute(run, folder):
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     options = dict(MODELS[run.model])
-    letters = options.pop("letters", "dice")
+    letters = options.pop("letters", "random")
     model = model_of(options)
     row, diverged = train_one(run, model, lambda step: texts((run.seed, step), BATCH, letters)[:2], BATCH)
     return row | {name: None if diverged else measure(model, seed) for name, seed in (("choose", 1), ("report", 2))}

@@ -26,7 +26,7 @@ REPOSITORY = "https://github.com/OWNER/mixture-of-depths"
 
 BADGE = """\
 [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}/blob/main/notebooks/{name})
-The next cell finds the project. Opened alone, e.g. on Colab, the notebook fetches it from `REPOSITORY`."""
+The first code cell finds the project. Opened alone, e.g. on Colab, the notebook fetches it from `REPOSITORY`."""
 
 SETUP = f"""\
 import os

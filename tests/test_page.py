@@ -270,7 +270,7 @@ def told(driver):
 
 def known(data, i, routing, threshold=0.0):
     """What it should tell, from the stored numbers."""
-    numbers, words = data[routing], {False: "around", True: "in"}
+    numbers, words = data[routing], {False: "skips", True: "in"}
     nats = [f"{name} {numbers[name][i]:#.3g}" for name in ("loss", "entropy") if numbers[name][i] is not None]
     lines = [f"Next token: {', '.join(nats)}"]
     for block in (2, 1, 0):
