@@ -202,7 +202,7 @@ def sample_batch(B, models, options, machine):
     print(
         f"Sampling {B:2} at once: {ratios['decode_speedup']:.2f} times as fast "
         f"({mod['tokens_per_second']:,.1f} against {dense['tokens_per_second']:,.1f} tokens/s), "
-        f"{ratios['taken']:.1%} entered"
+        f"{ratios['taken']:.1%} taken"
     )
     return {**ratios, **results}
 

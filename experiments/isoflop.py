@@ -248,16 +248,16 @@ def execute(run, out_dir, dataset, device, measure=None, **more):
             return row
         model, info = checkpoint.load(out_dir, "last", config.device)
     # Choices may be made on the first half of the validation split only.
-    choose, report = np.split(data["val"], [len(data["val"]) // 2])
+    first, second = np.split(data["val"], [len(data["val"]) // 2])
     return row | {
-        "choose": evaluate(model, choose, batch_size=64, eval_iters=len(choose)),
-        "report": evaluate(model, report, batch_size=64, eval_iters=len(report)),
+        "choose": evaluate(model, first, batch_size=64, eval_iters=len(first)),
+        "report": evaluate(model, second, batch_size=64, eval_iters=len(second)),
         "parameters": model.num_parameters(),
         "forward_flops_per_token": model.flops(run.block_size) / run.block_size,
         "steps": rows[-1]["step"],
         **{name: rows[-1][name] for name in ("flops", "train_loss", "train_seconds")},
         "versions": {name: info["versions"][name] for name in ("torch", "hardware", "threads")},
-        **(measure(model, report, meta["vocab"], rows) if measure else {}),
+        **(measure(model, second, meta["vocab"], rows) if measure else {}),
     }
 
 
