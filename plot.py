@@ -70,8 +70,8 @@ def read_run(name):
             raise UserError(f"{path} has no evaluation yet")
         facts["config"]["seed"], facts["parameters"], facts["data"]["text_sha256"]
         numbers = ("step", "flops", "val_loss_causal", "val_loss_topk", "train_seconds")
-        [row[name] + 0.0 for row in (rows[0], *rows) for name in numbers]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        [row[name] + 0.0 for row in rows for name in numbers]
+    except (OSError, OverflowError, ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"{path} is not the out_dir of a run: it needs config.json and metrics.jsonl") from None
     return {"name": printable(str(name)), "facts": facts, "config": facts["config"], "rows": rows}
 
@@ -85,7 +85,7 @@ def group_by_setting(runs):
         if not config["route_every"]:
             ignored |= {"aux_weight", "predictor_hidden"}  # without effect in a dense model
         setting = {name: value for name, value in config.items() if name not in ignored}
-        # A run that was stopped early is no second measurement of a finished one: hence the last step.
+        # The last step belongs to the key: a run that was stopped early is not a second measurement of a finished one.
         key = json.dumps([setting, run["facts"]["data"]["text_sha256"], run["rows"][-1]["step"]], sort_keys=True)
         while any(config["seed"] == other["config"]["seed"] for other in by_setting.get(key, [])):
             key += " again"  # repeating a seed is not a second measurement

@@ -90,8 +90,8 @@ def train(config):
 
     Returns the rows of metrics.jsonl: one dict per evaluation, with losses in nats per token. Raises UserError for
     options or data that cannot work, before training, and if the run diverges. On Ctrl-C or SIGTERM it saves and raises
-    KeyboardInterrupt. With config.resume it continues the run in out_dir with exactly these options, and with
-    config.eval_only it evaluates eval_iters batches of batch_size windows; the command line fills in the run's own.
+    KeyboardInterrupt. With config.resume it continues the run in out_dir; with config.eval_only it evaluates the best
+    checkpoint there. Both use the options as given; the command line takes them from the run.
     """
     started = time.monotonic()
     config = options.checked(config)
@@ -108,8 +108,10 @@ def train(config):
         meta, data = load_dataset(config.dataset, config.block_size, config.vocab_size, check=ranks.is_main())
     torch.manual_seed(config.seed)
     model = build(model_config(config, meta))
-    if ranks.ranks() > 1 and run.counts_passes(model):
-        raise UserError(f"variant {config.variant} counts its passes, which differ by rank; train on one rank")
+    if ranks.ranks() > 1 and (config.variant == "no_gate" or run.counts_passes(model)):
+        raise UserError(
+            f"variant {config.variant} has routers without a gradient, or counts its passes; train on one rank"
+        )
     if config.init_from and not config.resume:
         checkpoint.start_from(Path(config.init_from), model, meta)
     model.to(config.device)
@@ -297,15 +299,16 @@ def options_of_the_run(preset, given):
     if not (given.get("resume") or given.get("eval_only")):
         return {**preset, **given}
     out_dir = {**preset, **given}.get("out_dir", TrainConfig.out_dir)
-    saved = run.saved_options(Path(out_dir), whole=bool(given.get("resume")))
-    if saved is None and not given.get("resume"):
-        try:  # a folder may hold the best checkpoint alone
+    if given.get("eval_only"):
+        try:
             best = checkpoint.contents(Path(out_dir), "best")
             saved = {**best["config"], **best.get("asked", {})}
-        except (UserError, OSError, LookupError):
-            return {**given, "out_dir": out_dir}
+        except (UserError, OSError, LookupError, TypeError):
+            return {**given, "out_dir": out_dir}  # `evaluate_checkpoint` says what is wrong
+    else:
+        saved = run.saved_options(Path(out_dir), whole=True)
     if saved is None:
-        runs = sorted(str(path.parent) for path in Path().glob("*/config.json") if run.saved_options(path.parent))
+        runs = sorted(str(path.parent) for path in Path().glob("*/last.json"))
         advice = f"one of {', '.join(runs)}" if runs else "or start a run without --resume"
         raise UserError(
             f"nothing to resume in {out_dir}: it has no config.json of a run; name the run's folder with --out_dir, "
@@ -315,13 +318,12 @@ def options_of_the_run(preset, given):
         print("The run's own options apply; of the preset only out_dir is used")
     fields = [field for field in dataclasses.fields(TrainConfig) if field.name in saved]
     saved = {field.name: options.convert(field, saved[field.name], f"{out_dir}: {field.name}") for field in fields}
-    of_the_model = {field.name for field in dataclasses.fields(MoDEConfig)}
-    without_effect = {"init_from"} | (of_the_model if given.get("eval_only") else set())
-    idle = sorted(name for name in given.keys() & without_effect if given[name] != saved.get(name))
-    if idle:
-        name, how = idle[0], "eval_only" if given.get("eval_only") else "resume"
-        value = f"{name} {given[name]!r} is not the run's ({saved.get(name)!r})"
-        raise UserError(f"{value} and has no effect with --{how}; leave it out")
+    how = "eval_only" if given.get("eval_only") else "resume"
+    of_the_model = {field.name for field in dataclasses.fields(MoDEConfig)} if how == "eval_only" else set()
+    for name in sorted(given.keys() & ({"init_from"} | of_the_model)):
+        if given[name] != saved.get(name):
+            value = f"{name} {given[name]!r} is not the run's ({saved.get(name)!r})"
+            raise UserError(f"{value} and has no effect with --{how}; leave it out")
     if {"max_iters", "flop_budget"} & given.keys():  # either one replaces the run's old length
         saved |= {"max_iters": 0, "flop_budget": 0.0}
     return {**saved, **given, "out_dir": out_dir}
@@ -348,21 +350,16 @@ def resolve(config):
     hint = in_nanogpt.get(config.init_from)
     if hint and not config.resume and not Path(config.init_from).is_dir():
         raise UserError(f"init_from is the folder of a model; for {config.init_from}, {hint}")
-    if config.variant == "no_gate" and ranks.ranks() > 1 and not config.eval_only:
-        raise UserError(
-            "variant no_gate leaves routers without a gradient, which several ranks cannot exchange; train on one rank"
-        )
     device = ranks.device(pick_device(config.device))
     if config.gradient_accumulation_steps % ranks.ranks() and not config.eval_only:
         raise UserError(
             f"gradient_accumulation_steps {config.gradient_accumulation_steps} cannot be shared by {ranks.ranks()} "
             f"ranks; take a multiple of {ranks.ranks()}"
         )
-    if config.wandb:
+    if config.wandb and not config.eval_only:
         import_wandb()  # if it is missing, say so before anything is done
-    compiled = config.compile
-    if compiled == "auto":  # elsewhere it needs a C++ compiler or gains little
-        compiled = str(device.startswith("cuda") and sys.platform == "linux")
+    auto = str(device.startswith("cuda") and sys.platform == "linux")  # elsewhere it needs a compiler or gains little
+    compiled = auto if config.compile == "auto" else config.compile
     return dataclasses.replace(config, device=device, dtype=pick_dtype(config.dtype, device), compile=compiled)
 
 
@@ -392,17 +389,15 @@ def model_config(config, meta):
 
 
 def number_of_steps(config, step_flops):
-    limits = [config.max_iters] if config.max_iters else []
-    if config.flop_budget:
-        limits.append(int(config.flop_budget // step_flops))
-    if not limits:
+    if not (config.max_iters or config.flop_budget):
         raise UserError(
             "set the length of the run with --max_iters or --flop_budget, "
             "or start from a preset: python train.py config/shakespeare_mod.py"
         )
-    if min(limits) < 1:
+    affordable = int(config.flop_budget // step_flops) if config.flop_budget else config.max_iters
+    if affordable < 1:
         raise UserError(f"flop_budget {config.flop_budget:g} is less than one step, which costs {step_flops:g} FLOPs")
-    return min(limits)
+    return min(affordable, config.max_iters or affordable)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def read(out_dir, name):
 
 
 def contents(out_dir, name):
-    """As `read`, without a look at the .pt files."""
+    """Like `read`, but does not look at the .pt files."""
     path = out_dir / f"{name}.json"
     if not path.is_file() and (out_dir / "config.json").is_file():
         raise UserError(f"no checkpoint {path}: the run has not saved one; start it again (without --resume)")
@@ -89,20 +89,20 @@ def contents(out_dir, name):
         raise UserError(f"{path} is the checkpoint {role!r} under another name; rename swapped files back")
     try:
         untrusted.check_contents(info, name)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, UserError) as error:
+        return {**info, **{part: with_variant(info[part]) for part in ("model", "config") if part in info}}
+    except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError, RecursionError, UserError) as error:
         raise UserError(f"{path} is not from train.py ({reason_of(error)}); train again or use another") from None
-    return {**info, **{part: with_variant(info[part]) for part in ("model", "config") if part in info}}
 
 
 def _read(out_dir, name):
     """The contents of NAME.json and the model's tensors."""
     info, path = contents(out_dir, name), out_dir / f"{name}.json"
     for file in info["files"].values():
-        weights = out_dir / file["name"]
-        if not weights.is_file():
-            raise UserError(f"{weights} is missing, {path.name} needs it; train again or use another checkpoint")
-        if sha256_of(weights) != file["sha256"]:
-            raise UserError(f"{weights} is damaged: its SHA-256 is not the one in {path.name}")
+        file_path = out_dir / file["name"]
+        if not file_path.is_file():
+            raise UserError(f"{file_path} is missing, {path.name} needs it; train again or use another checkpoint")
+        if sha256_of(file_path) != file["sha256"]:
+            raise UserError(f"{file_path} is damaged: its SHA-256 is not the one in {path.name}")
     weights = tensors(out_dir, info, "model")
     try:
         untrusted.check_model(info["model"], weights)
@@ -156,21 +156,20 @@ def start_from(folder, model, meta):
     if shape:
         raise UserError(f"the model in {folder} does not fit: {shape}")
     weights = theirs.state_dict()
-    with torch.no_grad():
-        for name, w in model.state_dict().items():
-            if name in ("transformer.wte.weight", "transformer.wpe.weight"):  # the head shares wte
-                n = min(len(w), len(weights[name]))
-                w[:n] = weights[name][:n]
-            elif name in weights and w.shape == weights[name].shape:  # a predictor may have another size
-                w.copy_(weights[name])
+    for name, w in model.state_dict().items():
+        if name in ("transformer.wte.weight", "transformer.wpe.weight"):  # the head shares wte
+            n = min(len(w), len(weights[name]))
+            w[:n] = weights[name][:n]
+        elif name in weights and w.shape == weights[name].shape:  # a predictor may have another size
+            w.copy_(weights[name])
     show(f"Starting from {folder}: step {info['step']:,} of a run on {info['data']['source']}")
 
 
 def differences(before, now, names=None):
     """Which of these options changed, as text. names: default those in both."""
     changed = [name for name in now if name in (names or before) and before.get(name) != now[name]]
-    pairs = ((name, *("''" if value == "" else value for value in (before[name], now[name]))) for name in changed)
-    text = ", ".join(f"{name} was {old}, now {new}" for name, old, new in pairs)
+    pairs = [(name, before[name], now[name]) for name in changed]
+    text = ", ".join(f"{name} was {old or repr(old)}, now {new or repr(new)}" for name, old, new in pairs)
     return " ".join(printable(text).split())
 
 

@@ -86,7 +86,7 @@ def load(folder, check=True):
 def write(out, splits, meta):
     """Write a data set that fits into memory: splits["train"] and splits["val"] are arrays of token ids."""
     out.mkdir(parents=True, exist_ok=True)
-    for left in out.glob(".prepare-*"):  # by a kill; if it is new, another prepare.py may be using it
+    for left in out.glob(".prepare-*"):  # by a killed prepare.py; a recent one may still be in use
         if time.time() - left.stat().st_mtime > 3600:
             shutil.rmtree(left, ignore_errors=True)
     # Each call has its own temporary folder, so two at once do not write the same files.
@@ -202,7 +202,7 @@ def text_of(raw, where):
 
 
 class Tokenizer:
-    """Both have `encode` (text to a list of token ids) and `decoder`."""
+    """Base class. Subclasses have `encode` (text to a list of token ids) and `decoder`."""
 
     def decode(self, tokens):
         """The text of these token ids, a list or a tensor (T,)."""
@@ -242,19 +242,19 @@ class GPT2Tokenizer(Tokenizer):
         return self.encoding.encode(text, allowed_special="all")
 
     def decoder(self):
-        """As above. A character that is spread over several tokens comes with the last of them."""
+        """As in CharTokenizer. A character that is spread over several tokens comes with the last of them."""
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
         def piece(token):
             # A token beyond the vocabulary only pads the embedding matrix to a round size.
-            return decode(self.encoding.decode_single_token_bytes(token) if token < self.encoding.n_vocab else b"\xff")
+            known = 0 <= token < self.encoding.n_vocab
+            return decode(self.encoding.decode_single_token_bytes(token) if known else b"\xff")
 
         return piece
 
 
 def tokenizer_of(meta):
-    """The tokenizer of a data set. Raises ValueError for an unknown one."""
-    check_tokens(meta)
+    """The tokenizer of a data set."""
     return CharTokenizer(meta["vocab"]) if meta["tokenizer"] == "char" else GPT2Tokenizer()
 
 

@@ -89,7 +89,7 @@ class DepthPrinter(PlainPrinter):
 
 
 def visible(piece):
-    """A token's text on one line: signs for line ends and control characters, spaces for what else cannot be seen."""
+    """A token's text on one line: signs for line ends and control characters, spaces for other invisible ones."""
     return "".join(c if c.isprintable() else " " for c in printable(piece.replace("\n", END_OF_LINE)))
 
 

@@ -45,7 +45,7 @@ def evaluate(model, tokens, batch_size, eval_iters, dtype="float32", stop=None):
                 predicted = torch.cat([none, *(m.logits.flatten() > 0 for m in scored)])
                 _, causal_loss = model.forward(x, y, routing="causal") if routed else (None, topk_loss)
             agree, hit, member = (taken == predicted).sum(), (taken & predicted).sum(), taken.sum()
-            total = torch.ones_like(taken).sum()  # their number, on the device: from Python it would be copied there
+            total = torch.ones_like(taken).sum()  # on the device: a Python number would have to be copied there
             counts = torch.stack([agree, hit, member, total, *(block.taken.sum() for block in routed)])
             measured[i] = torch.stack([causal_loss, topk_loss]) * len(x), counts
     # One row per batch, filled by the rank that has it, then summed over the ranks. So the result is the same to the
@@ -86,16 +86,16 @@ def evaluate_checkpoint(config):
     model, info = checkpoint.load(out_dir, "best", config.device)
     if "config" not in info:
         raise UserError(f"{out_dir} does not come from train.py, so its data is unknown; name a run's folder")
-    run = info["config"]
+    windows, tokens = model.config.block_size, model.config.vocab_size
     with ranks.main_first():
-        meta, splits = data.load_dataset(config.dataset, run["block_size"], run["vocab_size"], check=ranks.is_main())
+        meta, splits = data.load_dataset(config.dataset, windows, tokens, check=ranks.is_main())
     if info["data"]["sha256"] != meta["sha256"]:
         raise UserError(
             f"{out_dir} was trained on {info['data']['source']!r}, but {config.dataset} holds {meta['source']!r}; "
             "name the run's data set with --dataset"
         )
     figures = evaluate(model, splits["val"], config.batch_size, config.eval_iters, config.dtype)
-    return {"step": info["step"], **figures, **bits_per_byte(figures, meta)}, run["max_iters"]
+    return {"step": info["step"], **figures, **bits_per_byte(figures, meta)}, info["config"]["max_iters"]
 
 
 def autocast(device, dtype):

@@ -10,7 +10,7 @@ from support.options import UserError
 
 
 def write_json(path, content):
-    text = json.dumps(content, indent=1)  # in ASCII, because UTF-8 has no code for a file's name that is not in UTF-8
+    text = json.dumps(content, indent=1)  # ASCII, because UTF-8 cannot encode a file name that is not UTF-8 itself
     write_whole(path, lambda file: file.write(text.encode("ascii")))
 
 

@@ -129,7 +129,8 @@ def load(options_class, argv, description, preset=False, combine=lambda preset, 
     given = {name: convert(fields[name], value, f"--{name}") for name, value in given.items()}
 
     in_preset, in_cpu_part = _read_preset(path, fields) if path is not None else ({}, {})
-    if in_cpu_part and pick_device({**in_preset, **given}.get("device", "auto")) == "cpu" and not given.get("resume"):
+    of_a_run = given.get("resume") or given.get("eval_only")  # whose options are used then
+    if in_cpu_part and not of_a_run and pick_device({**in_preset, **given}.get("device", "auto")) == "cpu":
         in_preset |= in_cpu_part
         shown = {name: value for name, value in in_cpu_part.items() if name not in given}
         smaller = ", ".join(f"{name}={v:g}" if isinstance(v, float) else f"{name}={v}" for name, v in shown.items())

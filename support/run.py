@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from support import checkpoint, ranks, untrusted
 from support.files import lock_at, write_json, write_whole
-from support.options import Diverged, UserError, command, reason_of, show
+from support.options import Diverged, UserError, command, printable, reason_of, show
 
 
 @dataclass
@@ -66,7 +66,10 @@ class Progress:
 
 
 def saved_options(out_dir, whole=False):
-    """The run's options, "auto" as asked for; None if there is no run. whole: UserError if no checkpoint is whole."""
+    """
+    The run's options, "auto" as asked for; None if there is no run. whole: raise UserError if it has no intact
+    checkpoint.
+    """
     try:
         try:
             info, _ = last_whole(out_dir)
@@ -128,8 +131,8 @@ def only_run_in(out_dir):
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"another train.py is at work in {out_dir}; wait for it, or name another --out_dir") from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
+    except (OSError, NotImplementedError) as error:  # the second is some versions' ENOSYS
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
             raise
         show(f"The file system of {out_dir} has no locks; make sure that no second train.py uses this folder")
     try:
@@ -259,7 +262,7 @@ def save(out_dir, model, stateful, progress, info, stop):
     state = {**{name: part.state_dict() for name, part in stateful.items()}, "progress": sums}
     try:
         if not (out_dir / "config.json").is_file():  # somebody deleted, emptied or renamed the folder
-            tqdm.write(f"step {step:,}: {out_dir} is not there any more; making it again")
+            tqdm.write(printable(f"step {step:,}: {out_dir} is not there any more; making it again"))
             out_dir.mkdir(parents=True, exist_ok=True)
             write_json(out_dir / "config.json", info)
         if not (out_dir / "best.json").is_file():
@@ -271,7 +274,7 @@ def save(out_dir, model, stateful, progress, info, stop):
         if stop.again:
             raise KeyboardInterrupt(stop.AT_ONCE) from None
         before = "the one before is intact" if (out_dir / "last.json").is_file() else "there is none before it"
-        tqdm.write(f"step {step:,}: the checkpoint could not be saved ({error}); {before}")
+        tqdm.write(printable(f"step {step:,}: the checkpoint could not be saved ({error}); {before}"))
         with contextlib.suppress(UserError, OSError):
             progress.best = best_loss(out_dir, step)  # best.json may have been written, and only last.json not
     else:

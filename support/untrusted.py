@@ -31,14 +31,15 @@ def check_contents(info, name):
         raise ValueError("data has no source, or more tokens than the model")
     if "config" in info and type(info["data"]["sha256"]) is not dict:
         raise TypeError("data has no hashes")
-    for kind in ("model",) if name == "best" else ("model", "optimizer"):
-        if not re.fullmatch(FILE, info["files"][kind]["name"]):
-            raise ValueError(f"the {kind}'s file has the name {info['files'][kind]['name']!r}")
+    info["files"]["model"], name == "best" or info["files"]["optimizer"]  # a KeyError if one is missing
+    for kind, file in info["files"].items():
+        if not re.fullmatch(FILE, file["name"]) or type(file["sha256"]) is not str:
+            raise ValueError(f"the {kind}'s file has the name {file['name']!r}")
     for value in (*info["model"].values(), *info.get("config", {}).values()):
         if type(value) not in (int, float, bool, str):
             raise TypeError(f"an option is {value!r}"[:80])
-    for count in ("block_size", "vocab_size", "batch_size", "eval_iters", "max_iters") if "config" in info else ():
-        if type(info["config"][count]) is not int or info["config"][count] < (count != "vocab_size"):
+    for count in ("batch_size", "eval_iters", "max_iters") if "config" in info else ():
+        if type(info["config"][count]) is not int or info["config"][count] < 1:
             raise ValueError(f"{count} is {info['config'][count]!r}")
     steps = [0, *(row["step"] for row in info.get("rows", ())), info["step"]]
     figures = [n for row in info.get("rows", ()) for v in row.values() for n in (v if type(v) is list else [v])]
@@ -63,8 +64,8 @@ def check_model(options, weights):
 
 def check_optimizer(state, step, optimizer, scaler):
     """
-    The contents of an optimizer's file. Replaces, in `state`, tensors by copies in plain memory and options by those of
-    `optimizer` and `scaler`: fused AdamW checks nothing, so moments of another shape or layout would crash it.
+    Check an optimizer's file. In `state`, replace tensors by contiguous copies, and options by those of `optimizer` and
+    `scaler`. (Fused AdamW checks nothing: moments of another shape or layout would crash it.)
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments, scale = state["optimizer"]["state"], state.get("scaler")  # a scaler that was not in use has an empty state

@@ -232,6 +232,7 @@ def test_mistakes(tmp_path, tiny_encoding, threads, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
         ("--input in", "name a folder for documents of your own, such as --out data/my_set"),
+        ("--input in --out=", "the data set's folder is an empty name"),
         ("--input none --out new", "no folder or file none"),
         ("--input mixed --out new", "must hold files of one kind, .jsonl, .parquet or .txt; mixed holds .jsonl, .txt"),
         ("--input empty --out new", "empty holds no file"),
@@ -559,8 +560,8 @@ def test_a_text_comes_back_token_by_token(tiny_encoding, text):
     assert all(
         not piece.startswith("\N{REPLACEMENT CHARACTER}") or "\N{REPLACEMENT CHARACTER}" in text for piece in pieces
     )
-    decode = tokenizer.decoder()  # half a character before another one, and a padding token
-    assert "".join(map(decode, (0xC3, 97, 5000))) == "\N{REPLACEMENT CHARACTER}a\N{REPLACEMENT CHARACTER}"
+    decode = tokenizer.decoder()  # half a character before another one, a padding token, no target
+    assert "".join(map(decode, (0xC3, 97, 5000, -1))) == "\N{REPLACEMENT CHARACTER}a" + 2 * "\N{REPLACEMENT CHARACTER}"
 
 
 def test_a_model_of_these_tokens_trains_and_samples(tmp_path, tiny_encoding, capsys):

@@ -327,5 +327,6 @@ def test_weights_and_biases_gets_every_evaluation_and_is_imported_only_when_aske
     for missing in (None, ModuleType("wandb")):  # not installed; an empty folder wandb/
         monkeypatch.setitem(sys.modules, "wandb", missing)
         assert "--wandb needs Weights & Biases: pip install wandb" in told(train, argv)
+    train.main(["--eval_only", f"--out_dir={tiny.out_dir}"])  # evaluation does not need it
     train.train(tiny)
     assert not Path(called(tiny, "new").out_dir).exists()

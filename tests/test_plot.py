@@ -85,7 +85,10 @@ def test_a_folder_that_exists_is_no_pattern(tiny, tmp_path, monkeypatch, capsys)
         assert [row.split(" | ")[0].removeprefix("| ") for row in rows[: rows.index("")]] == expected
 
 
-@pytest.mark.parametrize("metrics", ["[" * 100_000, "{}", '"text"', "", '{"val_loss_causal": "low"}'])
+HUGE = f'{{"flops": 1{400 * "0"}, "x": "low"}}'
+
+
+@pytest.mark.parametrize("metrics", ["[" * 100_000, "{}", '"text"', "", '{"val_loss_causal": "low"}', HUGE])
 def test_nonsense_in_place_of_the_evaluations_is_one_line(tiny, metrics):
     train.train(tiny)
     path = Path(tiny.out_dir) / "metrics.jsonl"

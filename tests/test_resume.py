@@ -491,9 +491,10 @@ def test_in_a_read_only_folder_the_lock_lies_inside_out_dir(tiny, monkeypatch):
     assert [path.name for path in parent.rglob("*.lock")] == ["run.lock"]
 
 
-def test_without_locks_a_run_goes_on_and_says_so(tiny, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [OSError(errno.EOPNOTSUPP, "Operation not supported"), NotImplementedError()])
+def test_without_locks_a_run_goes_on_and_says_so(tiny, monkeypatch, capsys, error):
     def unsupported(*args, **kwargs):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        raise error
 
     monkeypatch.setattr(run_module.filelock.FileLock, "acquire", unsupported)
     train.train(tiny)
@@ -744,6 +745,7 @@ def test_on_resume_a_preset_only_says_which_folder(tiny, tmp_path, capsys):
     train.main([str(preset), "--resume", "--max_iters=8"])
     last = checkpoint.read(Path(tiny.out_dir), "last")
     assert (last["step"], last["config"]["dropout"], last["config"]["n_embd"]) == (8, 0.0, 16)
+    train.main([str(preset), "--eval_only"])
     assert "switches to" not in capsys.readouterr().out
 
 
@@ -855,7 +857,11 @@ NONSENSE = {  # what a stranger's files hold: which file (None: the JSON), the c
     "a row without loss": (None, lambda i: i["rows"][-1].pop("val_loss_causal") and None, "is not from train.py"),
     "a row from the future": (None, lambda i: i["rows"][-1].update(step=10**6), "is not from train.py"),
     "step is a text": (None, lambda i: i.update(step="3"), "is not from train.py"),
+    "a huge loss": (None, lambda i: i["rows"][-1].update(val_loss_causal=10**400), "is not from train.py"),
     "no files": (None, lambda i: i.update(files={}), "is not from train.py"),
+    "no hash of a file": (None, lambda i: i["files"]["model"].pop("sha256") and None, "is not from train.py"),
+    "another file": (None, lambda i: i["files"].update(x=3), "is not from train.py"),
+    "a selection": (None, lambda i: i["model"].update(selection=3), "is not from train.py"),
     "a file elsewhere": (None, lambda i: i["files"]["model"].update(name="../model-3.pt"), "is not from train.py"),
     "no data": (None, lambda i: i.update(data=None), "is not from train.py"),
     "other tokens": (None, lambda i: i["data"].update(tokenizer="bpe"), "the tokenizer is 'bpe'"),

@@ -273,6 +273,13 @@ def test_eval_only_gives_the_best_checkpoints_loss_and_changes_no_file(tiny, tmp
     assert (
         f"val loss {one:.4f}" in capsys.readouterr().out.splitlines()[-1] and abs(one - row["val_loss_causal"]) > 1e-3
     )
+    # A resumed run may evaluate fewer batches. Those of the best checkpoint apply.
+    train.main(["--resume", f"--out_dir={tiny.out_dir}", "--max_iters=9", "--learning_rate=1", "--eval_iters=1"])
+    saved = [checkpoint.read(Path(tiny.out_dir), name)["config"]["eval_iters"] for name in ("best", "last")]
+    assert saved == [tiny.eval_iters, 1]
+    capsys.readouterr()
+    train.main(["--eval_only", f"--out_dir={tiny.out_dir}"])
+    assert f"val loss {row['val_loss_causal']:.4f}" in capsys.readouterr().out.splitlines()[-1]
     (tmp_path / "best").mkdir()  # a folder like pretrained/
     for name in ("best.json", checkpoint.read(Path(tiny.out_dir), "best")["files"]["model"]["name"]):
         (tmp_path / "best" / name).write_bytes((Path(tiny.out_dir) / name).read_bytes())

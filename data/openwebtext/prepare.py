@@ -53,8 +53,8 @@ def main(argv=None):
     parser.add_argument("--val_every", type=int, default=2000, help="one in this many documents is for validation")
     parser.add_argument("--seed", type=int, default=2357, help="draws the documents for validation")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="number of processes (%(default)s)")
-    args = parser.parse_args(argv)
     with errors_in_one_line("prepare.py", "use fewer --processes"):
+        args = parser.parse_args(argv)
         if args.input and not args.out:
             raise UserError("name a folder for documents of your own, such as --out data/my_set")
         for name, least in (("val_every", 2), ("seed", 0), ("processes", 1)):
