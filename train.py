@@ -91,7 +91,8 @@ def train(config):
     Returns the rows of metrics.jsonl: one dict per evaluation, with losses in nats per token. Raises UserError for
     options or data that cannot work, before training, and if the run diverges. On Ctrl-C or SIGTERM it saves and raises
     KeyboardInterrupt. With config.resume it continues the run in out_dir; with config.eval_only it evaluates the best
-    checkpoint there. Both use the options as given; the command line takes them from the run.
+    checkpoint there, on eval_iters batches of batch_size windows. Resuming uses exactly these options. (On the command
+    line the run's own apply.)
     """
     started = time.monotonic()
     config = options.checked(config)
@@ -108,10 +109,10 @@ def train(config):
         meta, data = load_dataset(config.dataset, config.block_size, config.vocab_size, check=ranks.is_main())
     torch.manual_seed(config.seed)
     model = build(model_config(config, meta))
-    if ranks.ranks() > 1 and (config.variant == "no_gate" or run.counts_passes(model)):
-        raise UserError(
-            f"variant {config.variant} has routers without a gradient, or counts its passes; train on one rank"
-        )
+    no_gate = config.variant == "no_gate"
+    if ranks.ranks() > 1 and (no_gate or run.counts_passes(model)):
+        why = "gives its routers no gradient" if no_gate else "counts its passes, which differ by rank"
+        raise UserError(f"variant {config.variant} {why}; train on one rank")
     if config.init_from and not config.resume:
         checkpoint.start_from(Path(config.init_from), model, meta)
     model.to(config.device)
@@ -291,8 +292,8 @@ def learning_rate_at(step, config):
 
 def options_of_the_run(preset, given):
     """
-    The options to use. With --resume or --eval_only these are the run's own, changed by the command line; of a preset
-    only out_dir counts then.
+    The options to use. With --resume these are the run's own, with --eval_only its best checkpoint's, changed by the
+    command line; of a preset only out_dir counts then.
     """
     for name in [name for name in ("resume", "eval_only") if preset.get(name)]:
         raise UserError(f"{name} belongs on the command line, not in a preset; run train.py --{name}")
@@ -303,7 +304,7 @@ def options_of_the_run(preset, given):
         try:
             best = checkpoint.contents(Path(out_dir), "best")
             saved = {**best["config"], **best.get("asked", {})}
-        except (UserError, OSError, LookupError, TypeError):
+        except (UserError, OSError, LookupError):
             return {**given, "out_dir": out_dir}  # `evaluate_checkpoint` says what is wrong
     else:
         saved = run.saved_options(Path(out_dir), whole=True)

@@ -86,10 +86,9 @@ def evaluate_checkpoint(config):
     model, info = checkpoint.load(out_dir, "best", config.device)
     if "config" not in info:
         raise UserError(f"{out_dir} does not come from train.py, so its data is unknown; name a run's folder")
-    windows, tokens = model.config.block_size, model.config.vocab_size
     with ranks.main_first():
-        meta, splits = data.load_dataset(config.dataset, windows, tokens, check=ranks.is_main())
-    if info["data"]["sha256"] != meta["sha256"]:
+        meta, splits = data.load_dataset(config.dataset, model.config.block_size, check=ranks.is_main())
+    if info["data"]["sha256"] != meta["sha256"] or meta["vocab_size"] > model.config.vocab_size:
         raise UserError(
             f"{out_dir} was trained on {info['data']['source']!r}, but {config.dataset} holds {meta['source']!r}; "
             "name the run's data set with --dataset"

@@ -129,7 +129,7 @@ def load(options_class, argv, description, preset=False, combine=lambda preset, 
     given = {name: convert(fields[name], value, f"--{name}") for name, value in given.items()}
 
     in_preset, in_cpu_part = _read_preset(path, fields) if path is not None else ({}, {})
-    of_a_run = given.get("resume") or given.get("eval_only")  # whose options are used then
+    of_a_run = given.get("resume") or given.get("eval_only")  # its options apply, not the preset's
     if in_cpu_part and not of_a_run and pick_device({**in_preset, **given}.get("device", "auto")) == "cpu":
         in_preset |= in_cpu_part
         shown = {name: value for name, value in in_cpu_part.items() if name not in given}

@@ -131,7 +131,7 @@ def only_run_in(out_dir):
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"another train.py is at work in {out_dir}; wait for it, or name another --out_dir") from None
-    except (OSError, NotImplementedError) as error:  # the second is some versions' ENOSYS
+    except (OSError, NotImplementedError) as error:  # some versions of filelock raise the second for ENOSYS
         if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
             raise
         show(f"The file system of {out_dir} has no locks; make sure that no second train.py uses this folder")

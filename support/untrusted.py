@@ -31,10 +31,13 @@ def check_contents(info, name):
         raise ValueError("data has no source, or more tokens than the model")
     if "config" in info and type(info["data"]["sha256"]) is not dict:
         raise TypeError("data has no hashes")
-    info["files"]["model"], name == "best" or info["files"]["optimizer"]  # a KeyError if one is missing
+    if type(info.get("asked", {})) is not dict:
+        raise TypeError("asked is no dict")
+    if not {"model", *([] if name == "best" else ["optimizer"])} <= info["files"].keys():
+        raise ValueError("a file is not named")
     for kind, file in info["files"].items():
         if not re.fullmatch(FILE, file["name"]) or type(file["sha256"]) is not str:
-            raise ValueError(f"the {kind}'s file has the name {file['name']!r}")
+            raise ValueError(f"the {kind}'s file is {file!r}"[:120])
     for value in (*info["model"].values(), *info.get("config", {}).values()):
         if type(value) not in (int, float, bool, str):
             raise TypeError(f"an option is {value!r}"[:80])

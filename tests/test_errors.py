@@ -64,7 +64,7 @@ def place(tmp_path_factory, dataset):
         (place / f"{name}.py").write_text(text)
     (place / "latin").write_bytes("Süd".encode("latin-1"))
     (place / "empty").write_bytes(b"")
-    (place / "other").write_text("abcdefghijklmnopqrstuvwxyz \n" * 50)
+    (place / "other").write_text("abcdefghijklmnopqrstuvwxyz A\n" * 50)
     (place / "wide").write_text("".join(map(chr, range(0x10000, 0x20001))), encoding="utf-8")
     (place / "folder.png").mkdir()
     (place / "stranger").mkdir()
@@ -472,7 +472,7 @@ def test_a_console_that_lacks_characters_stops_no_command(place, monkeypatch, tm
     sys.stdout.reconfigure(errors="strict")
     sample.main(["--out_dir=\u6c34", "--device=cpu", "--max_new_tokens=3"])
     lines = printed.getvalue().decode("ascii")
-    assert "?.txt: 1,400 characters" in lines and "?.txt: 1,260 train" in lines and "| ? | " in lines
+    assert "?.txt: 1,450 characters" in lines and "?.txt: 1,305 train" in lines and "| ? | " in lines
 
 
 def test_a_closed_stderr_does_not_end_training(place, monkeypatch, tmp_path):

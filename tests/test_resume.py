@@ -863,6 +863,7 @@ NONSENSE = {  # what a stranger's files hold: which file (None: the JSON), the c
     "another file": (None, lambda i: i["files"].update(x=3), "is not from train.py"),
     "a selection": (None, lambda i: i["model"].update(selection=3), "is not from train.py"),
     "a file elsewhere": (None, lambda i: i["files"]["model"].update(name="../model-3.pt"), "is not from train.py"),
+    "asked is a number": (None, lambda i: i.update(asked=3), "is not from train.py"),
     "no data": (None, lambda i: i.update(data=None), "is not from train.py"),
     "other tokens": (None, lambda i: i["data"].update(tokenizer="bpe"), "the tokenizer is 'bpe'"),
     "no vocabulary": (None, lambda i: i["data"].update(vocab={}), "the vocabulary is no list of characters"),
