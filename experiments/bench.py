@@ -10,7 +10,7 @@ device's results with the CPU's.
 """
 
 if __name__ == "__main__" and not __package__:
-    raise SystemExit("bench.py runs as a module, from the top of the repository: python -m experiments.bench")
+    raise SystemExit("bench.py runs from the top of the repository: python -m experiments.bench")
 
 import copy
 import dataclasses
@@ -30,7 +30,7 @@ from mode import MoDEConfig, build, forward_flops
 from sample import SampleConfig, fetch
 from support.evaluation import autocast
 from support.options import UserError, at_least, errors_in_one_line, load, pick_device
-from train import TrainConfig, configure_optimizer, model_config, resolve
+from train import TrainConfig, clip_gradients, configure_optimizer, model_config, resolve
 
 
 @dataclass
@@ -163,7 +163,7 @@ def training_step(config, batch_size, machine):
         with autocast(machine.device, machine.dtype):
             _, loss = model(idx, idx)
         (loss + model.routing_loss()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -193,7 +193,6 @@ def sample_batch(B, models, options, machine):
     mod, dense = results["mod"], results["dense"]
     ratios = {
         "decode_speedup": round(mod["tokens_per_second"] / dense["tokens_per_second"], 4),
-        "prefill_speedup": round(dense["prefill_seconds"] / mod["prefill_seconds"], 4),
         "cache_bytes_ratio": round(mod["cache_bytes"] / dense["cache_bytes"], 4),
         # A pass over the prompt against a step. Over the whole window it would take a little longer.
         "cache_speedup": round(mod["prefill_seconds"] / B * mod["tokens_per_second"], 2),
@@ -236,7 +235,7 @@ def generate(model, B, seed, options, machine):
     }
 
 
-# Is the device right?
+# Check a device
 
 # Sequences, tokens in each, width, tokens taken of each sequence.
 SIZES = {"shakespeare_mod": (64, 256, 384, 32), "owt_mod_124m": (16, 1024, 768, 128), "half": (16, 1024, 768, 512)}

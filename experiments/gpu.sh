@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What this project wants to know from a GPU, the most useful first, in one command:
+# Everything to measure on a GPU, the most useful first, in one command:
 #
 #     bash experiments/gpu.sh results/gpu
 #

@@ -12,7 +12,7 @@ experiments/runner.py trains several runs at once, experiments/report.py makes t
 """
 
 if __name__ == "__main__" and not __package__:
-    raise SystemExit("isoflop.py runs as a module, from the top of the repository: python -m experiments.isoflop")
+    raise SystemExit("isoflop.py runs from the top of the repository: python -m experiments.isoflop")
 
 import contextlib
 import functools
@@ -270,7 +270,7 @@ def prepared(execute, results, dataset, device):
 
 
 def main(argv=None):
-    parser = runner.arguments(__doc__.split(":")[0], SETS, "out-isoflop")
+    parser = runner.arguments(__doc__, SETS, "out-isoflop")
     parser.add_argument("--dataset", default="shakespeare_works", help="as in train.py (%(default)s)")
     parser.add_argument("--device", help="as in train.py (cpu; for the set gpu: auto)")
     args = parser.parse_args(argv)
@@ -279,8 +279,8 @@ def main(argv=None):
         if args.set == "gpu" and not args.device and pick_device(device) == "cpu":
             raise UserError("the set gpu found no GPU; on a CPU it takes days and needs --device=cpu")
         if args.set != "draw":
-            train_one = prepared(execute, args.results, args.dataset, device)
-            runner.run_all(SETS[args.set], Run, train_one, args.results, args.jobs)
+            run_one = prepared(execute, args.results, args.dataset, device)
+            runner.run_all(SETS[args.set], Run, run_one, args.results, args.jobs)
         done = runner.read(args.results, Run)
         models = report.models_of(done)
         report.draw(models, args.results)

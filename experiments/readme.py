@@ -6,7 +6,7 @@ lines `<!-- results: NAME -->` and `<!-- end -->`:
 """
 
 if __name__ == "__main__" and not __package__:
-    raise SystemExit("readme.py runs as a module, from the top of the repository: python -m experiments.readme")
+    raise SystemExit("readme.py runs from the top of the repository: python -m experiments.readme")
 
 import json
 import re

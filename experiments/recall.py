@@ -43,7 +43,7 @@ TASKS = {  # characters in a window: times that it holds the code, width of the 
     512: (8, 32, 1e13),
 }
 TOKENS_PER_STEP, MEASURED = 1024, 512  # MEASURED: windows
-LEARNED = 0.9  # the share of the digits that counts as all: recalled by a model, or taken by a router
+LEARNED = 0.9  # from this share of the digits on, a model has learned the task, and a router takes the digits
 
 MODELS = {  # "1 + 1" is an ordinary and a routed block
     "dense, 2 layers": {"n_layer": 2, "route_every": 0},
@@ -199,11 +199,6 @@ def table(T, done):
     return report.markdown(columns, rows)
 
 
-def takes_the_digits(line):
-    """Whether a router takes (nearly) all digits."""
-    return any(share >= LEARNED for share in line["report"]["digits_taken_causal"])
-
-
 @report.style
 def draw(done, path, T=64):
     """Recall with each seed, and whether a router takes the digits; what MoD takes with its best and its worst seed."""
@@ -219,7 +214,7 @@ def draw(done, path, T=64):
         for i, line in enumerate(found):
             taken = line["report"]["digits_taken_causal"]  # by each routed block
             color = report.LOOKS["MoD" if taken else "dense"]["color"]
-            fill = "full" if takes_the_digits(line) else "none"
+            fill = "full" if any(share >= LEARNED for share in taken) else "none"
             y = row + (i - (len(found) - 1) / 2) / 12  # one above another, where they are equal
             above.plot(line["report"]["recalled_causal"], y, "o", fillstyle=fill, color=color)
     above.set_yticks(range(len(models)), list(models))
@@ -233,15 +228,14 @@ def draw(done, path, T=64):
         axes.set_title(f"What MoD's routed block takes with seed {seed}, which recalls {recalled:.0%}", fontsize=9)
         for place, (letter, pick) in enumerate(zip(row["text"], row["picks"])):
             box = dict(boxstyle="square,pad=0.1", color=report.LOOKS["MoD"]["color"], alpha=0.4)
-            letter = {"\n": "↵", "$": r"\$"}.get(letter, letter)
-            where = place / T, 0.5
-            axes.text(*where, letter, family="monospace", fontsize=10, bbox=box if pick == "1" else None)
+            look = dict(family="monospace", fontsize=10, parse_math=False, bbox=box if pick == "1" else None)
+            axes.text(place / T, 0.5, letter.replace("\n", "↵"), **look)
     report.save(figure, path)
 
 
 def main(argv=None):
     sets = {str(T): functools.partial(wanted, T) for T in TASKS}
-    args = runner.arguments(__doc__.split("\n\n")[0].strip(), sets, "out-recall").parse_args(argv)
+    args = runner.arguments(__doc__, sets, "out-recall").parse_args(argv)
     with errors_in_one_line("recall.py", "try fewer --jobs"):
         if args.set != "draw":
             load_dataset(DATASET, int(args.set))  # here, so that the processes do not each download it

@@ -32,11 +32,11 @@ DENSE_BASELINE = "dense, without these blocks"
 class Model:
     """The runs of one model at its best learning rate."""
 
-    run: object  # of seed 1: isoflop.Run, or another experiment's
-    choice: float  # the loss on the data for choosing: seed 1's, or the mean once two or all SEEDS are there
-    rows: list  # lines to report: of SEEDS without the first, which chose the rate; all, if they are only one or two
-    fresh: list  # the lines of FRESH if all are there, else none
-    halves: tuple = ("report",)  # of the held-out text, on which losses are reported; the other half is for choosing
+    run: object  # the run of seed 1
+    choice: float  # the loss on the half for choosing: of seed 1, or the mean of two or of all SEEDS
+    rows: list  # lines to report: without seed 1, which chose the rate; with fewer than three seeds, all
+    fresh: list  # the lines of the FRESH seeds; empty until all are done
+    halves: tuple = ("report",)  # halves of the held-out text to report on; "choose" is the half for choosing
 
     @property
     def kind(self):

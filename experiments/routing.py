@@ -9,7 +9,7 @@ matches top-k during training, and which tokens the routed blocks take.
 """
 
 if __name__ == "__main__" and not __package__:
-    raise SystemExit("routing.py runs as a module, from the top of the repository: python -m experiments.routing")
+    raise SystemExit("routing.py runs from the top of the repository: python -m experiments.routing")
 
 import functools
 import math
@@ -86,7 +86,6 @@ def look(model, tokens, vocab):
         independent = np.convolve(independent, [1 - p, p])
     position, pair = np.broadcast_to(np.arange(T), token.shape), token * len(vocab) + before
     return {
-        "share": taken.mean(axis=(0, 1)).tolist(),
         "by_class": by_class,
         "by_entropy": by_tenth(entropy, taken),
         "by_position": taken.mean(axis=(0, 2)).round(4).tolist(),
@@ -129,7 +128,7 @@ def known_by(key, taken):
 
 
 def gap_variation(taken):
-    """Standard deviation over mean of the gaps between taken tokens: 0 for a comb, 0.94 if 1/8 are picked at random."""
+    """Standard deviation over mean of the gaps between taken tokens: 0 if evenly spaced, 0.94 for 1/8 at random."""
     gaps = np.concatenate([np.diff(np.flatnonzero(row)) for row in taken])
     return float(gaps.std() / gaps.mean()) if len(gaps) else None
 
@@ -198,7 +197,7 @@ def draw(rows, path):
     (classes, entropy), (position, training) = figure.subplots(2, 2)
     learned = [row["learned"] for row in rows]
     places = np.arange(len(CLASSES))
-    for i in range(len(learned[0]["share"])):
+    for i in range(len(learned[0]["most_taken"])):
         color, style, hatch = f"C{i}", ("-", "--", ":")[i % 3], ("", "//", "..")[i % 3]
         shares = np.array([[one["by_class"][name][i] for name in CLASSES] for one in learned])
         x, label = places + 0.25 * (i - 1), f"routed block {i + 1}"
@@ -236,12 +235,12 @@ def draw(rows, path):
 
 
 def main(argv=None):
-    args = runner.arguments(__doc__.split("\n\n")[0].strip(), ["all"], "out-routing").parse_args(argv)
+    args = runner.arguments(__doc__, ["all"], "out-routing").parse_args(argv)
     with errors_in_one_line("routing.py", "try fewer --jobs"):
         if args.set != "draw":
-            train_one = isoflop.prepared(execute, args.results, "shakespeare_works", "cpu")
+            run_one = isoflop.prepared(execute, args.results, "shakespeare_works", "cpu")
             wanted = functools.partial(runner.seeds, MODEL)
-            runner.run_all(wanted, isoflop.Run, train_one, args.results, args.jobs)
+            runner.run_all(wanted, isoflop.Run, run_one, args.results, args.jobs)
         rows = ordered(runner.read(args.results, isoflop.Run))
         if rows:
             draw(rows, args.results / "routing.png")

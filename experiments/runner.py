@@ -6,6 +6,9 @@ command resumes it: inside its unfinished runs if `execute` saves checkpoints, o
 
 A run is a frozen dataclass with learning_rate, seed, budget and name. A set is a function that gets the finished runs,
 {run: line}, and returns the runs that it needs next. It is called again after each run, so it may depend on results.
+
+A line is a dict: "run" holds the dataclass's fields; "choose" and "report" are two evaluations with val_loss_causal, or
+None if the run diverged. Choices use the first, tables show the second. The smallest experiment is known_depth.py.
 """
 
 import argparse
@@ -67,7 +70,7 @@ def seeds(run, done, wanted=SEEDS[1:]):
 def tuned(runs, done, chosen_by=SEEDS[:1], wanted=SEEDS[1:]):
     """
     The runs that are still needed to have each of `runs` at its best learning rate with the seeds `wanted`: first those
-    that find the rates, then one seed of all models after the other.
+    that find the rates, then seed by seed for all models.
     """
     found = [search(run, done, chosen_by) for run in runs]
     settled = [best for best, missing in found if not missing]
@@ -178,9 +181,9 @@ def ignore_signals():
         signal.signal(number, signal.SIG_IGN)
 
 
-def arguments(description, sets, results):
-    """A parser for the options that all experiments share."""
-    parser = argparse.ArgumentParser(description=description)
+def arguments(doc, sets, results):
+    """A parser for the options that all experiments share. doc: the experiment's docstring."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     parser.add_argument("set", choices=[*sets, "draw"], help="what to run; draw: draw and print the finished runs")
     parser.add_argument("--results", type=expanded, default=Path(results), help="folder of runs.jsonl (%(default)s)")
     parser.add_argument("--jobs", type=int, default=torch.get_num_threads(), help="runs at once (%(default)s)")

@@ -87,7 +87,7 @@ def bars(axes, values, words, title, marked=()):
 
 
 def lengths(axes, values, title):
-    """Draw a horizontal bar for each name of {name: value}."""
+    """Draw a horizontal bar for each name of {name: value}, at most three."""
     for (name, value), look in zip(values.items(), HATCHED):
         axes.barh(name, value, **look)
     axes.invert_yaxis()

@@ -87,7 +87,8 @@ def errors_in_one_line(script, smaller):
     except (RuntimeError, MemoryError) as error:
         reason = str(error).split("\n")[0]
         # PyTorch has no error class for this on all devices, only words: of CUDA and MPS, of a CPU, for absurd sizes.
-        words = ("out of memory", "alloc_cpu", "Storage size calculation overflowed")
+        # The last ones are those of a pool of processes, one of which was killed.
+        words = ("out of memory", "alloc_cpu", "Storage size calculation overflowed", "terminated abruptly")
         if not (isinstance(error, MemoryError) or any(part in reason for part in words)):
             raise
         sys.exit(f"{script}: out of memory{f' ({reason})' if reason else ''}; {smaller}")

@@ -650,7 +650,7 @@ def test_a_killed_process_is_reported_and_not_waited_for(tmp_path, real_encoding
             os.kill(int(pid), signal.SIGKILL)
             break
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 1 and error.splitlines()[-1].startswith("prepare.py: a process that tokenizes was")
+    assert process.returncode == 1 and error.splitlines()[-1].startswith("prepare.py: out of memory (A process in the")
 
 
 def peak_memory(command):

@@ -30,7 +30,7 @@ def documents_of(files, column, **cached_by):
     """
     Each document as {column: its text or None}. No other column matters. A UserError names the file and the line.
 
-    cached_by: on what else the documents depend, for Hugging Face's cache.
+    cached_by: what else Hugging Face's cache must depend on.
     """
     some_text = False
     for file in files:

@@ -24,7 +24,6 @@ import os
 import signal
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ from support.options import UserError, errors_in_one_line, expanded, reason_of, 
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"  # without it, whatever is newest
-OPENWEBTEXT_DOCUMENTS = 8_013_769  # fewer: part of it, or a download that ended early
+OPENWEBTEXT_DOCUMENTS = 8_013_769  # to notice a partial download
 CHUNK = 256  # documents per task of a process
 SAVE_EVERY = 64  # chunks between two saves
 
@@ -50,8 +49,10 @@ def main(argv=None):
     )
     parser.add_argument("--column", default="text", help="the text's column in .jsonl and .parquet files (%(default)s)")
     parser.add_argument("--out", type=data.folder_of, help="the folder to write to (OpenWebText: this script's folder)")
-    parser.add_argument("--val_every", type=int, default=2000, help="one in this many documents is for validation")
-    parser.add_argument("--seed", type=int, default=2357, help="draws the documents for validation")
+    parser.add_argument(
+        "--val_every", type=int, default=2000, help="one in this many documents is for validation (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=2357, help="draws the documents for validation (%(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="number of processes (%(default)s)")
     with errors_in_one_line("prepare.py", "use fewer --processes"):
         args = parser.parse_args(argv)
@@ -86,10 +87,6 @@ def prepare(args, out):
             meta |= {"source": source, "job": job, "without_text": done["without_text"]}
             meta = data.commit(out, parts, meta)
             (out / "progress.json").unlink()
-    except BrokenProcessPool:
-        raise UserError(
-            "a process that tokenizes was killed, perhaps because memory ran out; start again with fewer --processes"
-        ) from None
     except Timeout:
         raise UserError(f"another prepare.py is working in {out}; wait for it, or name another --out") from None
     tokens = ", ".join(f"{split}.bin {n:,} tokens" for split, n in meta["tokens"].items())
@@ -160,20 +157,18 @@ def tokenize(documents, job, args, out):
     for part in parts.values():
         if part.is_symlink():  # in a stranger's folder it may lead to any file
             part.unlink()  # what it led to does not count as progress
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # nothing to continue
         before = json.loads(progress.read_text(encoding="utf-8"))
         if before["job"] == job and all(part.stat().st_size >= 2 * before[split] for split, part in parts.items()):
             done = before
-        if done["chunks"]:
-            after = min(done["chunks"] * CHUNK, len(documents))
-            print(f"Continuing after {after:,} of {len(documents):,} documents")
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # nothing to continue
+    after = min(done["chunks"] * CHUNK, len(documents))
+    if after:
+        print(f"Continuing after {after:,} of {len(documents):,} documents")
     chunks = range(done["chunks"], -(-len(documents) // CHUNK))
     # Not forked: the fork of a process with threads, such as Arrow's, can hang.
     pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), start, (documents, args))
     files = {split: open(part, "ab") for split, part in parts.items()}
-    bar = tqdm(total=len(documents), initial=done["chunks"] * CHUNK, disable=None, unit="doc", dynamic_ncols=True)
+    bar = tqdm(total=len(documents), initial=after, disable=None, unit="doc", dynamic_ncols=True)
     with files["train"], files["val"], bar, pool:
         for split, file in files.items():
             file.truncate(2 * done[split])  # a kill may have left more than was counted
