@@ -151,7 +151,7 @@ def test_a_resumed_run_does_not_start_again(dense, tiny):
     assert rows == last["rows"]
 
 
-def test_mistakes_with_init_from(dense, tiny, tmp_path):
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(dense, tiny, tmp_path):
     argv = [f"--{name}={value}" for name, value in dataclasses.asdict(tiny).items() if name != "init_from"]
 
     def line(*more):

@@ -166,7 +166,7 @@ def test_models_that_the_page_cannot_show(model):
         page(model, CharTokenizer(NASTY), [0, 1])
 
 
-def test_where_no_probability_is_trained_none_is_shown():
+def test_the_page_knows_what_decides():
     config = dict(block_size=8, vocab_size=3, n_layer=2, n_head=1, n_embd=4)
     for options, decider in (({}, "predictor"), ({"causal_method": "router"}, "router"), ({"variant": "position"}, "")):
         assert stored(page(GPT(GPTConfig(**config, **options)), CharTokenizer("abc"), [0, 1]))["decider"] == decider
@@ -303,7 +303,7 @@ def lit(driver):
 
 
 @pytest.mark.slow
-def test_hover_and_switch(browser, example):
+def test_hovering_tells_the_stored_numbers_under_both_routings(browser, example):
     whole, data = example
     driver = browser(whole)
     spans = find(driver, "#text span")
@@ -378,7 +378,7 @@ def test_the_keyboard_alone(browser, example, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_and_colours(browser, example, scheme):
+def test_a_phone_needs_no_sideways_scrolling_and_every_colour_can_be_read(browser, example, scheme):
     whole, data = example
     driver = browser(whole, width=400, scheme=scheme)
     assert driver.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [400, 400]
@@ -428,7 +428,7 @@ def test_a_thousand_tokens_follow_the_slider(browser):
 
 
 @pytest.mark.slow
-def test_a_rule_without_probabilities(browser):
+def test_of_a_control_the_logit_is_shown_and_no_probability(browser):
     config = GPTConfig(block_size=8, vocab_size=3, n_layer=2, n_head=1, n_embd=4, variant="position", capacity=0.5)
     driver = browser(page(GPT(config), CharTokenizer("abc"), [0, 1, 2, 0]))
     assert find(driver, "#threshold")[0].text == "logit 0.00" and find(driver, "#decider")[0].text == "logit"

@@ -222,12 +222,6 @@ def test_a_rank_has_the_gpu_of_its_place_on_its_machine(monkeypatch):
         ranks.device("cuda")
 
 
-def test_without_torchrun_there_is_one_rank():
-    assert (ranks.rank(), ranks.ranks(), ranks.is_main()) == (0, 1, True)
-    assert list(ranks.share(3)) == [0, 1, 2] and ranks.device("cuda") == "cuda"
-    assert ranks.any_rank(True) and not ranks.any_rank(False)
-
-
 # float16, MFU, Weights & Biases
 
 

@@ -45,10 +45,7 @@ TEXT_FILES = {
 NO_TEXT = {
     "UTF-16, little-endian": (codecs.BOM_UTF16_LE + READ.encode("utf-16-le"), "is in UTF-16; convert it to UTF-8"),
     "UTF-16, big-endian": (codecs.BOM_UTF16_BE + READ.encode("utf-16-be"), "is in UTF-16; convert it to UTF-8"),
-    "UTF-16 without a mark": (
-        "to be".encode("utf-16-le"),
-        "holds a NUL character (character 1), so it may",
-    ),
+    "UTF-16 without a mark": ("to be".encode("utf-16-le"), "holds a NUL character (character 1), so it may"),
     "NUL": (b"to be\0", "holds a NUL character (character 5)"),
     "Latin-1": (READ.encode("latin-1"), "is not UTF-8 (byte 3: invalid continuation byte); convert it first"),
     "an encoded surrogate": (b"to\xed\xa0\x80", "is not UTF-8 (byte 2: invalid continuation byte)"),
