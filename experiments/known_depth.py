@@ -196,9 +196,7 @@ def table(models):
         shares = [[one["numbers_taken_causal"] for one in found], [share_of_numbers(one) for one in found]]
         shares = [", ".join(f"{share:.0%}" for share in of_seeds) for of_seeds in shares]
         rows.append([*cells, spread([one["accuracy_topk"] for one in found]), *shares])
-    columns = (
-        ":model | FLOPs/token | steps | rate | accuracy | with top-k | of the numbers, taken | of the taken, numbers"
-    )
+    columns = ":model | FLOPs/token | steps | rate | accuracy | with top-k | numbers taken | numbers among taken"
     return report.markdown(columns, rows)
 
 

@@ -820,7 +820,7 @@ def test_a_claim_about_what_was_not_run_is_open():
     assert "| reproduced, at 1e13 |" in fifth()
     done |= lines_of(replace(MOD, capacity=0.25), [1, 1.61, 1.61, 1.62])
     worse = "capacity 0.0625, capacity 0.5, every block routed, stochastic routing"
-    assert f"| partly (worse: {worse}), at 1e13 |" in fifth()
+    assert f"| partly (worse: {worse}; not: capacity 0.25), at 1e13 |" in fifth()
 
 
 def test_the_last_claim_needs_all_its_models_in_one_shape_and_is_printed_without_any_other_comparison():
