@@ -479,9 +479,10 @@ def claims(models, learned, timed):
     """The paper's claims beside our results, and the verdicts: two tables. learned, timed: of routing.py, bench.py."""
     found = comparisons(models)
     third, fourth = (as_good_and_cheaper(found, role, timed) for role in ("cheaper", "as large"))
-    ours = [claim_1(found), claim_2(found), third, fourth, claim_5(models), claim_6(found), claim_7(learned)]
+    ours = [claim_1(found), claim_2(found), third, fourth]
+    ours += [claim_5(models), claim_6(found), claim_7(learned), claim_8(models)]
     rows, verdicts = [], []
-    for (claim, paper, command), (here, verdict) in zip(CLAIMS, [*ours, claim_8(models)]):
+    for (claim, paper, command), (here, verdict) in zip(CLAIMS, ours):
         rows.append([claim, paper, here, verdict, f"`experiments.{command}`"])
         verdicts.append([claim, f"[{verdict}](results/README.md#{WHERE[command]})"])
     table = markdown(":claim | :paper | :here | :verdict | :command", rows)
@@ -544,8 +545,7 @@ def claim_5(models):
             worse = [n for n in asked if np.subtract(*difference(found[n], base)) > (n == "stochastic routing")]
             rest = ", ".join(name for name in asked if name not in worse)
             partly = f"partly (worse: {', '.join(worse)}; not: {rest})" if worse else "not reproduced"
-            verdict = partly if rest else "reproduced"
-            return f"{here}, at the size that is best for 12.5%", f"{verdict}, at {short(b)}"
+            return f"{here}, at the size that is best for 12.5%", f"{partly if rest else 'reproduced'}, at {short(b)}"
     return NOT_RUN
 
 
