@@ -71,8 +71,8 @@ def models_of(done):
         most = max(map(len, rates.values()))
         losses = {rate: choice_loss(rows.values()) for rate, rows in rates.items() if len(rows) == most}
         rate = min(losses, key=losses.get)
-        if most > 1 and losses.get(FACTOR * rate, 0) > CLIFF * losses[rate]:
-            rate = max(rate / FACTOR, min(losses))
+        if most > 1 and losses.get(rate / FACTOR, math.inf) <= CLIFF * losses[rate] < losses.get(rate * FACTOR, 0):
+            rate /= FACTOR
         rows = rates[rate]
         first, fresh = ([rows[seed] for seed in group if seed in rows] for group in (SEEDS, FRESH))
         if first and all(row["report"] for row in rows.values()):

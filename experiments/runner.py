@@ -33,7 +33,7 @@ from support.stop import Stop
 SEEDS = (1, 2, 3, 4)  # the first one chooses learning rates (in the sets long and gpu and in recall.py, the first two)
 FRESH = (5, 6, 7, 8, 9, 10)  # of the models in the final comparison, trained when all choices are made
 FACTOR = 2  # between two learning rates
-CLIFF = 1.05  # if twice a rate has a loss this many times larger, the rate is too risky
+CLIFF = 1.05  # between two neighbouring rates, one of which has a loss more than this many times the other's
 
 
 def search(run, done, chosen_by=SEEDS[:1]):
@@ -41,7 +41,7 @@ def search(run, done, chosen_by=SEEDS[:1]):
     `run` with its best learning rate so far, and the runs that are still needed to find the best one.
 
     Each rate has the mean loss of the seeds `chosen_by`. Several seeds also see a cliff: where twice the best rate is
-    far worse, the best one is too risky, and half of it is taken.
+    far worse, the best one is too risky, and half of it is taken, unless that lies beyond a cliff too.
     """
 
     def at(factor):
@@ -57,7 +57,7 @@ def search(run, done, chosen_by=SEEDS[:1]):
         if missing or best == run:
             break
         run = best
-    if len(chosen_by) > 1 and not missing and loss(at(FACTOR)) > CLIFF * loss(run):
+    if len(chosen_by) > 1 and not missing and loss(near[0]) <= CLIFF * loss(run) < loss(near[2]):
         return near[0], missing
     return best, missing
 

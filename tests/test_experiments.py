@@ -72,8 +72,9 @@ def test_two_seeds_choose_a_rate_together_and_not_beside_a_cliff():
         return found[0].learning_rate
 
     assert chosen({2: (1.0, 1.4), 4: (1.1, 1.1), 8: (1.12, 1.12)}) == 4  # seed 1 alone would go to lower rates
-    assert chosen({1: (1.3, 1.3), 2: (1.2, 1.2), 4: (1.1, 1.1), 8: (1.1, 1.3)}) == 2
-    assert chosen({1: (1.3, 1.3), 2: (1.2, 1.2), 4: (1.1, 1.1), 8: (None, 1.1)}) == 2
+    assert chosen({1: (1.3, 1.3), 2: (1.15, 1.15), 4: (1.1, 1.1), 8: (1.1, 1.3)}) == 2
+    assert chosen({1: (1.3, 1.3), 2: (1.15, 1.15), 4: (1.1, 1.1), 8: (None, 1.1)}) == 2
+    assert chosen({2: (1.3, 1.3), 4: (1.1, 1.1), 8: (1.1, 1.3)}) == 4  # between two cliffs
 
 
 def execute_fake(run, folder):
@@ -965,15 +966,16 @@ def test_the_numbers_of_the_claims_follow_from_the_runs():
 
 
 def test_the_report_takes_the_rate_at_which_the_search_ended():
-    """Also where no other seeds follow, and the best rate lies next to a cliff."""
-    for cliff in (1.0, 1.2):
+    """Also where no other seeds follow, and the best rate lies next to a cliff, or between two."""
+    for below, above, chosen in ((1.0, 1.0, 0.004), (1.0, 1.2, 0.002), (1.2, 1.2, 0.004)):
         done, run = {}, replace(MOD, learning_rate=0.004)
         while (found := runner.search(run, done, chosen_by=(1, 2)))[1]:
             for again in found[1]:
                 loss = 2 + abs(math.log(again.learning_rate / 0.004)) / 100
-                done[again] = row_of(again, loss * (cliff if again.learning_rate > 0.004 else 1))
+                loss *= below if again.learning_rate < 0.004 else above if again.learning_rate > 0.004 else 1
+                done[again] = row_of(again, loss)
         (model,) = report.models_of(done)
-        assert model.run.learning_rate == found[0].learning_rate == (0.002 if cliff > 1.05 else 0.004)
+        assert model.run.learning_rate == found[0].learning_rate == chosen
 
 
 def test_the_pictures_can_be_drawn(tmp_path):
