@@ -101,7 +101,8 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # as in GPT-2, whose weights expect it
+        return self.dropout(self.c_proj(x))
 
     def flops(self, T):
         return linear_flops(self, T)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure  # not pyplot, which would need a screen or change a notebook's settings
 
+from support.files import write_whole
 from support.options import UserError, errors_in_one_line, expanded, printable
 
 AXES = {
@@ -68,9 +69,9 @@ def read_run(name):
         rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         if not rows:
             raise UserError(f"{path} has no evaluation yet")
-        facts["config"]["seed"], facts["parameters"], facts["data"]["text_sha256"]
+        facts["config"]["seed"], facts["parameters"], facts["data"]["text_sha256"]  # raises if one is missing
         numbers = ("step", "flops", "val_loss_causal", "val_loss_topk", "train_seconds")
-        [row[name] + 0.0 for row in rows for name in numbers]
+        [row[name] + 0.0 for row in rows for name in numbers]  # raises if one is no number
     except (OSError, OverflowError, ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"{path} is not the out_dir of a run: it needs config.json and metrics.jsonl") from None
     return {"name": printable(str(name)), "facts": facts, "config": facts["config"], "rows": rows}
@@ -148,7 +149,7 @@ def draw(groups, x, path):
         text.set(text=name, parse_math=False)  # a folder's name is not a formula, even with dollar signs
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is drawn as a box
-        figure.savefig(path, dpi=150)
+        write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower(), dpi=150))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class TrainConfig(MoDEConfig):
     compile: Literal["auto", "True", "False"] = "auto"  # torch.compile; auto: on CUDA under Linux
 
     def __post_init__(self):
-        pass  # `model_config` checks the model's options, when the vocabulary is known
+        pass  # not GPTConfig's checks: `model_config` makes them, when the vocabulary is known
 
 
 def main(argv=None):
@@ -163,12 +163,18 @@ def train(config):
         if config.compile == "True":
             model.compile()
         wrapped = ranks.wrap(model, config.device)
+
+        def batch(step, micro_step):
+            return training_batch(
+                data["train"], step, config.batch_size, config.block_size, config.seed, config.device,
+                micro_step, config.gradient_accumulation_steps,
+            )  # fmt: skip
+
         if ranks.ranks() > 1:
             # After its first backward pass DistributedDataParallel reorders the gradients it exchanges. This changes
             # how a sum over three ranks rounds. Do it before the first step, so a resumed run has the same order.
-            x, y = training_batch(data["train"], 0, config.batch_size, config.block_size, config.seed, config.device)
             with autocast(config.device, config.dtype):
-                _, loss = wrapped(x, y, routing="topk")
+                _, loss = wrapped(*batch(0, 0), routing="topk")
             (loss + model.routing_loss()).backward()
             model.zero_grad(set_to_none=True)
         line = ProgressLine(progress, config.max_iters, tokens_per_step, step_flops, config.device, config.dtype)
@@ -199,7 +205,7 @@ def train(config):
                 break
 
             begun = time.perf_counter()
-            figures = training_step(model, wrapped, optimizer, scaler, data["train"], step, config)
+            figures = training_step(model, wrapped, optimizer, scaler, batch, step, config)
             progress.add(figures, time.perf_counter() - begun)
             if progress.step % config.log_interval == 0 or progress.step == config.max_iters:
                 progress.read(scaler)
@@ -223,10 +229,10 @@ def train(config):
     return rows
 
 
-def training_step(model, wrapped, optimizer, scaler, tokens, step, config):
+def training_step(model, wrapped, optimizer, scaler, batch, step, config):
     """
     Forward, backward and update for one step, on this rank's share of its micro-steps. `wrapped` is the model, under
-    torchrun inside DistributedDataParallel.
+    torchrun inside DistributedDataParallel. batch(step, micro_step) gives inputs and targets, each (batch_size, T).
 
     Returns the step's mean losses over all ranks, language model and routing, and the sum of its gradient norms (3,),
     on the device. `Progress.read` finds a sum that is not finite: nothing here waits for the device.
@@ -236,10 +242,7 @@ def training_step(model, wrapped, optimizer, scaler, tokens, step, config):
     losses = torch.zeros(2, device=config.device, dtype=model.lm_head.weight.dtype)
     micro_steps = ranks.share(config.gradient_accumulation_steps)
     for micro_step in micro_steps:
-        x, y = training_batch(
-            tokens, step, config.batch_size, config.block_size, config.seed, config.device,
-            micro_step, config.gradient_accumulation_steps,
-        )  # fmt: skip
+        x, y = batch(step, micro_step)
         torch.manual_seed(seed_of(config.seed, step, micro_step))  # for dropout, and for variants that draw noise
         with ranks.exchange_gradients(wrapped, micro_step == micro_steps[-1]):
             with autocast(config.device, config.dtype):
@@ -295,19 +298,17 @@ def options_of_the_run(preset, given):
     The options to use. With --resume these are the run's own, with --eval_only its best checkpoint's, changed by the
     command line; of a preset only out_dir counts then.
     """
-    for name in [name for name in ("resume", "eval_only") if preset.get(name)]:
-        raise UserError(f"{name} belongs on the command line, not in a preset; run train.py --{name}")
+    for name in ("resume", "eval_only"):
+        if preset.get(name):
+            raise UserError(f"{name} belongs on the command line, not in a preset; run train.py --{name}")
     if not (given.get("resume") or given.get("eval_only")):
         return {**preset, **given}
     out_dir = {**preset, **given}.get("out_dir", TrainConfig.out_dir)
     if given.get("eval_only"):
-        try:
-            best = checkpoint.contents(Path(out_dir), "best")
-            saved = {**best["config"], **best.get("asked", {})}
-        except (UserError, OSError, LookupError):
-            return {**given, "out_dir": out_dir}  # `evaluate_checkpoint` says what is wrong
+        best = checkpoint.contents(Path(out_dir), "best")
+        saved = {**best.get("config", {}), **best.get("asked", {})}  # support.gpt2 saves weights without options
     else:
-        saved = run.saved_options(Path(out_dir), whole=True)
+        saved = run.saved_options(Path(out_dir))
     if saved is None:
         runs = sorted(str(path.parent) for path in Path().glob("*/last.json"))
         advice = f"one of {', '.join(runs)}" if runs else "or start a run without --resume"

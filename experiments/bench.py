@@ -25,12 +25,13 @@ import torch
 from tqdm import tqdm
 
 from cache import KVCache, prefill, set_dtype, step, stream
+from experiments.runner import commit
 from mod import GPT, GPTConfig
 from mode import MoDEConfig, build, forward_flops
 from sample import SampleConfig, fetch
-from support.evaluation import autocast
 from support.options import UserError, at_least, errors_in_one_line, load, pick_device
-from train import TrainConfig, clip_gradients, configure_optimizer, model_config, resolve
+from support.report import hardware
+from train import TrainConfig, configure_optimizer, model_config, resolve, training_step
 
 
 @dataclass
@@ -56,7 +57,7 @@ class BenchConfig(MoDEConfig):
     check: bool = False  # only compare the device's results with the CPU's
 
     def __post_init__(self):
-        pass  # `bench` checks the options of the model
+        pass  # not GPTConfig's checks: `model_config` makes them
 
 
 def main(argv=None):
@@ -81,17 +82,18 @@ def bench(options):
         raise UserError(f"route_every {options.route_every} routes none of {options.n_layer} blocks; use more blocks")
     mod = model_config(options, {"vocab_size": 0})
     configs = {"mod": mod, "dense": dense_config(mod, options.against)}
+    # train.py's options, all but these at their defaults
     machine = resolve(TrainConfig(device=options.device, dtype=options.dtype, compile=options.compile))
-    on_gpu = machine.device.startswith("cuda")
     return {
         **(bench_training(configs, options, machine) if options.part != "sampling" else {}),
         **(bench_sampling(configs, options, machine) if options.part != "training" else {}),
         **asdict(options),
-        "device": torch.cuda.get_device_name(machine.device) if on_gpu else machine.device,
+        "device": hardware(machine.device),
         "dtype": machine.dtype,
         "compile": machine.compile,
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
+        "commit": commit(),
     }
 
 
@@ -137,7 +139,7 @@ def bench_training(configs, options, machine):
     experts = "MoDE" if options.staged or options.n_noop else "MoE"
     kind = experts if isinstance(configs["mod"], MoDEConfig) else "MoD"
     print(f"Training: a {kind} step has {flop_ratio:.3f} of the dense step's FLOPs")
-    steps = {name: training_step(config, options.batch_size, machine) for name, config in configs.items()}
+    steps = {name: step_of(config, options.batch_size, machine) for name, config in configs.items()}
     seconds = in_turn(lambda name, repeat: clocked(steps[name], machine.device)[0], options)
     mod, dense = statistics.median(seconds["mod"]), statistics.median(seconds["dense"])
     print(f"Training: it takes {mod:.4f} s against {dense:.4f} s, {mod / dense:.3f} of the time")
@@ -150,24 +152,15 @@ def bench_training(configs, options, machine):
     }
 
 
-def training_step(config, batch_size, machine):
-    """A function that makes one training step (forward, backward, clipping, AdamW) on random tokens."""
+def step_of(config, batch_size, machine):
+    """A function that makes one training step of train.py, always on the same random tokens."""
     torch.manual_seed(0)
     model = build(config).to(machine.device)
-    optimizer = configure_optimizer(model, machine)
+    optimizer, scaler = configure_optimizer(model, machine), torch.amp.GradScaler("cpu", enabled=False)
     idx = torch.randint(config.vocab_size, (batch_size, config.block_size), device=machine.device)
     if machine.compile == "True":
         model.compile()
-
-    def step():
-        with autocast(machine.device, machine.dtype):
-            _, loss = model(idx, idx)
-        (loss + model.routing_loss()).backward()
-        clip_gradients(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    return lambda: training_step(model, model, optimizer, scaler, lambda *_: (idx, idx), 0, machine)
 
 
 # Sampling

@@ -36,9 +36,8 @@ from torch.nn import functional as F
 from experiments import report, runner
 from mod import GPT, GPTConfig, evaluating
 from plot import spread
-from support.data import seed_of
 from support.options import errors_in_one_line
-from train import TrainConfig, clip_gradients, configure_optimizer, learning_rate_at
+from train import TrainConfig, configure_optimizer, training_step
 
 T, LENGTH, LETTERS, NUMBERS = 64, 8, 26, 5
 VOCABULARY = LETTERS + NUMBERS
@@ -106,26 +105,19 @@ def learn(model, batch, steps, learning_rate, seed, look=None, every=1):
     look(step) is called in evaluation mode before every `every`-th step, and after the last one.
     """
     config = TrainConfig(
-        learning_rate=learning_rate, min_lr=learning_rate / 10, max_iters=steps, warmup_iters=steps // 20
-    )
-    optimizer = configure_optimizer(model, config)
+        learning_rate=learning_rate, min_lr=learning_rate / 10, max_iters=steps, warmup_iters=steps // 20,
+        seed=seed, device="cpu", dtype="float32",
+    )  # fmt: skip
+    optimizer, scaler = configure_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
     for step in range(steps):
         if look and step % every == 0:
             with evaluating(model):
                 look(step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
-        x, y = batch(step)
-        torch.manual_seed(seed_of(seed, step))  # for the noise of stochastic routing
-        _, loss = model(x, y, routing="topk")
-        (loss + config.aux_weight * model.routing_loss()).backward()
-        clip_gradients(model, config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        figures = training_step(model, model, optimizer, scaler, lambda step, _: batch(step), step, config)
     model.eval()
     if look:
         look(steps)
-    return loss.item()
+    return figures[0].item()
 
 
 def execute(run, folder):

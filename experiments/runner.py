@@ -97,7 +97,7 @@ def read(results, run_class):
         try:
             row = json.loads(line)
             done[run_class(**row["run"])] = row
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(
                 f"line {number} of {path} is not a run of this experiment ({error}); "
                 "name another folder with --results, or delete a damaged line to train its run again"
@@ -163,6 +163,7 @@ def run_all(wanted, run_class, execute, results, jobs):
                     failed = failed or future.exception()
                     continue
                 done[run] = row = future.result() | provenance
+                results.mkdir(parents=True, exist_ok=True)  # in case somebody deleted it
                 with open(results / "runs.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 shutil.rmtree(results / "under-way" / run.name, ignore_errors=True)

@@ -8,6 +8,7 @@ This file does not import PyTorch at the top, because the processes that tokeniz
 """
 
 import codecs
+import contextlib
 import hashlib
 import json
 import runpy
@@ -87,8 +88,9 @@ def write(out, splits, meta):
     """Write a data set that fits into memory: splits["train"] and splits["val"] are arrays of token ids."""
     out.mkdir(parents=True, exist_ok=True)
     for left in out.glob(".prepare-*"):  # by a killed prepare.py; a recent one may still be in use
-        if time.time() - left.stat().st_mtime > 3600:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another prepare.py may delete it first
+            if time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left)
     # Each call has its own temporary folder, so two at once do not write the same files.
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out) as folder:
         parts = {split: Path(folder) / split for split in SPLITS}
@@ -206,7 +208,7 @@ class Tokenizer:
 
     def decode(self, tokens):
         """The text of these token ids, a list or a tensor (T,)."""
-        return "".join(map(self.decoder(), getattr(tokens, "tolist", lambda: tokens)()))
+        return "".join(map(self.decoder(), tokens.tolist() if hasattr(tokens, "tolist") else tokens))
 
 
 class CharTokenizer(Tokenizer):

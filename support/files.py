@@ -1,12 +1,16 @@
 """Files that are whole or not there, their hashes, and locks."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 
-from filelock import FileLock
+import filelock
 
-from support.options import UserError
+from support.options import UserError, show
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # the errors of file systems without locks
 
 
 def write_json(path, content):
@@ -47,8 +51,21 @@ def sha256_of_json(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-def lock_at(path):
-    """A lock that raises filelock.Timeout while another process holds it. It goes when its process ends."""
+@contextlib.contextmanager
+def locked(folder, path, program):
+    """Keep a second process of `program` out of `folder`. The lock, a file at `path`, goes when its process ends."""
     if path.is_symlink():  # opening the lock empties the file
         raise UserError(f"{path} is a link, a lock must be a file of its own; delete the link")
-    return FileLock(path, timeout=0)
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"another {program} is at work in {folder}; wait for it, or name another folder") from None
+    except (OSError, NotImplementedError) as error:  # some versions of filelock raise the second for ENOSYS
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
+        show(f"The file system of {folder} has no locks; make sure that no second {program} uses this folder")
+    try:
+        yield
+    finally:
+        lock.release()

@@ -256,7 +256,9 @@ def checked(options):
 
 
 def _nearest(name, known):
-    if instead := INSTEAD.get(str(name).removeprefix("--")):
+    instead = INSTEAD.get(str(name).removeprefix("--"), "")
+    options = {option.strip("-") for option in known}
+    if instead and options.issuperset(re.findall(r"--(\w+)", instead)):  # a command may lack what it names
         return f"; {instead}"
     longer = [option for option in known if str(name).strip("-") and option.startswith(str(name))]
     found = longer or difflib.get_close_matches(str(name), list(known), n=1)

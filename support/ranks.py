@@ -122,7 +122,7 @@ def any_rank(flag):
 @contextlib.contextmanager
 def main_first():
     """Rank 0 runs the block first, then the others. If it fails on rank 0, the others exit, and rank 0 prints why."""
-    if not is_main() and any_rank(False):
+    if not is_main() and any_rank(False):  # waits for rank 0's call below, which says whether it failed
         _wait_for_the_end()
     failed = True
     try:

@@ -1,7 +1,6 @@
 """A run's folder: the lock on it, moving an earlier run aside, saving, resuming."""
 
 import contextlib
-import errno
 import itertools
 import json
 import math
@@ -11,12 +10,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import filelock
 import torch
 from tqdm import tqdm
 
 from support import checkpoint, ranks, untrusted
-from support.files import lock_at, write_json, write_whole
+from support.files import locked, write_json, write_whole
 from support.options import Diverged, UserError, command, printable, reason_of, show
 
 
@@ -65,24 +63,24 @@ class Progress:
         return {"train_loss": self.loss_sum / steps, "aux_loss": self.aux_sum / steps} if steps else {}
 
 
-def saved_options(out_dir, whole=False):
-    """
-    The run's options, "auto" as asked for; None if there is no run. whole: raise UserError if it has no intact
-    checkpoint.
-    """
+def saved_options(out_dir):
+    """The options of the run's last whole checkpoint, "auto" as asked for; None if there is no run."""
     try:
-        try:
-            info, _ = last_whole(out_dir)
-        except UserError:
-            if not (out_dir / "config.json").is_file():  # opening a pipe would wait forever
-                return None
-            info = json.loads((out_dir / "config.json").read_text(encoding="utf-8"))
-            if whole and "config" in info:
-                raise
-        options = checkpoint.with_variant(info["config"])
-        return {**options, **info.get("asked", {})}  # "auto" may mean something else where the run is resumed
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        info, _ = last_whole(out_dir)
+    except UserError:
+        if is_run(out_dir):
+            raise
         return None
+    return {**info["config"], **info.get("asked", {})}  # "auto" may mean something else where the run is resumed
+
+
+def is_run(folder):
+    """Whether a JSON of a run lies there, whole or not."""
+    for path in (folder / f"{name}.json" for name in ("config", "last", "previous")):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            if path.is_file() and type(json.loads(path.read_bytes())["config"]) is dict:  # a pipe would wait forever
+                return True
+    return False
 
 
 def last_whole(out_dir):
@@ -105,12 +103,11 @@ def best_loss(out_dir, step):
 
 
 LOCK, EARLIER = "run.lock", r"earlier\.\d+"  # inside an out_dir that cannot be moved
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # the errors of file systems without locks
 
 
 @contextlib.contextmanager
 def only_run_in(out_dir):
-    """Lock out_dir against a second train.py. The operating system drops the lock when the process ends."""
+    """Lock out_dir against a second train.py."""
     if not ranks.is_main():  # rank 0 holds it for all
         yield
         return
@@ -126,31 +123,20 @@ def only_run_in(out_dir):
     # The lock is beside the folder, because the folder may be moved aside; inside, if it is one that cannot be moved.
     movable = not os.path.ismount(folder) and os.access(folder.parent, os.W_OK)
     path = folder.with_name(f".{folder.name}.lock") if movable else folder / LOCK
-    lock = lock_at(path)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"another train.py is at work in {out_dir}; wait for it, or name another --out_dir") from None
-    except (OSError, NotImplementedError) as error:  # some versions of filelock raise the second for ENOSYS
-        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
-            raise
-        show(f"The file system of {out_dir} has no locks; make sure that no second train.py uses this folder")
-    try:
+    with locked(out_dir, path, "train.py"):
         yield
-    finally:
-        lock.release()
 
 
 def keep_earlier_run(out_dir):
     """Make `out_dir`. If it holds an earlier run, move that folder to out_dir.1, .2, ..., never over anything."""
     patterns = ("config.json", "metrics.jsonl", *(f"{name}.json" for name in checkpoint.NAMES), "model-*.pt")
     found = [path.name for pattern in patterns for path in out_dir.glob(pattern)]
-    if found and saved_options(out_dir) is None:
+    if found and not is_run(out_dir):
         raise UserError(f"{out_dir} holds a {found[0]} that is not from a run; name another folder with --out_dir")
     out_dir.mkdir(parents=True, exist_ok=True)
     if found:
         for path in sorted(out_dir.glob("*/config.json")):  # another run, which may be at work, must not move along
-            if not re.fullmatch(EARLIER, path.parent.name) and saved_options(path.parent):
+            if not re.fullmatch(EARLIER, path.parent.name) and is_run(path.parent):
                 raise UserError(f"{out_dir} holds another run, {path.parent}; move that one, or name another --out_dir")
         folder = out_dir.resolve()  # move the folder, not a link to it: the link may lead to a larger disk
         asides = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))

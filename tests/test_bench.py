@@ -35,7 +35,7 @@ def test_bench_measures_and_ends_with_one_json_line(capsys, monkeypatch):
     config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=65)
     ratio = forward_flops(config, 16) / forward_flops(dataclasses.replace(config, route_every=0), 16)
     assert math.isclose(figures["train_flop_ratio"], ratio, abs_tol=1e-4) and figures["train_time_ratio"] == 0.25
-    assert {"device", "torch", "threads"} <= figures.keys()
+    assert {"device", "torch", "threads", "commit"} <= figures.keys()
 
 
 def test_bench_compares_with_a_dense_gpt_of_another_shape(capsys):
@@ -64,12 +64,16 @@ def test_bench_of_sampling_adds_its_figures(capsys):
     )  # blocks, keys and values, the window, n_embd, float32
 
 
-def test_bench_brings_the_predictors_to_the_capacity():
-    machine = bench.resolve(TrainConfig(device="cpu"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bench_brings_the_predictors_to_the_capacity(dtype):
+    machine = bench.resolve(TrainConfig(device="cpu", dtype=dtype))
     options = bench.BenchConfig(new_tokens=48)
     model = bench.sampling_model(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=2, n_embd=32), machine)
     run = bench.generate(model, 16, 0, dataclasses.replace(options, block_size=64), machine)
     assert abs(run["taken"] - 0.125) < 0.04
+    block = model.routed_blocks[0]  # routing stays in float32
+    assert block.router.weight.dtype == block.predictor[0].weight.dtype == torch.float32
+    assert block.mlp.c_fc.weight.dtype == model.lm_head.weight.dtype == getattr(torch, dtype)
 
 
 @pytest.mark.slow

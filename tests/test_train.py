@@ -242,6 +242,15 @@ def test_without_a_terminal_the_training_loss_is_printed_in_lines(tiny, capsys):
     assert lines[-1].startswith("Best causal loss: ")
 
 
+def test_a_run_ends_with_its_best_loss_both_its_times_and_what_to_do_next(tiny, capsys):
+    rows = train.train(tiny)
+    best = min(rows, key=lambda row: row["val_loss_causal"])
+    *_, loss, times, after = capsys.readouterr().out.splitlines()
+    assert loss == f"Best causal loss: {best['val_loss_causal']:.4f} at step {best['step']}."
+    assert re.fullmatch(r"Trained for \d+\.\d minutes in all; this command took \d+\.\d, with evaluation\.", times)
+    assert after.startswith("Next: python sample.py ") and tiny.out_dir in after
+
+
 def test_eval_only_gives_the_best_checkpoints_loss_and_changes_no_file(tiny, tmp_path, capsys):
     rows = train.train(tiny)
     before = {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()}

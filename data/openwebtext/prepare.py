@@ -22,17 +22,17 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from filelock import Timeout
 from tqdm import tqdm
 
 from data.openwebtext import documents as reading
 from support import data
-from support.files import lock_at, sha256_of, write_json
+from support.files import locked, sha256_of, sha256_of_json, write_json
 from support.options import UserError, errors_in_one_line, expanded, reason_of, show
 
 OPENWEBTEXT = "Skylion007/openwebtext"
@@ -71,24 +71,21 @@ def prepare(args, out):
     # The bytes depend on these. Earlier work with other values is useless.
     job = {"source": source, "documents": len(documents), "files": files, "column": args.column}
     job |= {"val_every": args.val_every, "seed": args.seed, "chunk": CHUNK}
-    try:
-        with lock_at(out / "lock"):
-            with contextlib.suppress(UserError):  # there is no data yet, or it is damaged
-                if data.load(out)[0].get("job") == job:
-                    print(f"{out} holds exactly this data already")
-                    return
-            parts, done = tokenize(documents, job, args, out)
-            if done["train"] == 0 or done["val"] == 0:
-                raise UserError(
-                    f"{source} has {len(documents)} documents, too few for --val_every={args.val_every}: "
-                    "no tokens for train or none for val; make it smaller"
-                )
-            meta = {"tokenizer": "gpt2", "vocab_size": vocab_size, "text_sha256": done["digest"]}
-            meta |= {"source": source, "job": job, "without_text": done["without_text"]}
-            meta = data.commit(out, parts, meta)
-            (out / "progress.json").unlink()
-    except Timeout:
-        raise UserError(f"another prepare.py is working in {out}; wait for it, or name another --out") from None
+    with locked(out, out / "lock", "prepare.py"):
+        with contextlib.suppress(UserError):  # there is no data yet, or it is damaged
+            if data.load(out)[0].get("job") == job:
+                show(f"{out} holds exactly this data already")
+                return
+        parts, done = tokenize(documents, job, args, out)
+        if done["train"] == 0 or done["val"] == 0:
+            raise UserError(
+                f"{source} has {len(documents)} documents, too few for --val_every={args.val_every}: "
+                "no tokens for train or none for val; make it smaller"
+            )
+        meta = {"tokenizer": "gpt2", "vocab_size": vocab_size, "text_sha256": done["digest"]}
+        meta |= {"source": source, "job": job, "without_text": done["without_text"]}
+        meta = data.commit(out, parts, meta)
+        (out / "progress.json").unlink()
     tokens = ", ".join(f"{split}.bin {n:,} tokens" for split, n in meta["tokens"].items())
     skipped = f" ({meta['without_text']:,} without text left out)" if meta["without_text"] else ""
     show(f"{source}: {len(documents):,} documents{skipped}\n{note}{out}: {tokens}, meta.json")
@@ -125,7 +122,7 @@ def load_documents(path, column):
     names = [str(file.relative_to(path)) for file in left_out[:8]] + ["..."] * (len(left_out) > 8)
     note = f"Files taken: {len(files):,}" + (f"; left out: {len(left_out):,} ({', '.join(names)})" if names else "")
     if left_out:
-        print(note)  # also before hours of work
+        show(note)  # also before hours of work
     stats = [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     fingerprint = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     code = tuple(sha256_of(module.__file__) for module in (reading, data))  # or the cache outlives its rules
@@ -157,9 +154,10 @@ def tokenize(documents, job, args, out):
     for part in parts.values():
         if part.is_symlink():  # in a stranger's folder it may lead to any file
             part.unlink()  # what it led to does not count as progress
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # nothing to continue
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # nothing to continue
         before = json.loads(progress.read_text(encoding="utf-8"))
-        if before["job"] == job and all(part.stat().st_size >= 2 * before[split] for split, part in parts.items()):
+        right = before.pop("sha256") == sha256_of_json(before) and before["job"] == job
+        if right and all(part.stat().st_size >= 2 * before[split] for split, part in parts.items()):
             done = before
     after = min(done["chunks"] * CHUNK, len(documents))
     if after:
@@ -168,7 +166,8 @@ def tokenize(documents, job, args, out):
     # Not forked: the fork of a process with threads, such as Arrow's, can hang.
     pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), start, (documents, args))
     files = {split: open(part, "ab") for split, part in parts.items()}
-    bar = tqdm(total=len(documents), initial=after, disable=None, unit="doc", dynamic_ncols=True)
+    every = 0.1 if sys.stderr.isatty() else 60  # seconds between updates; in a log file each one is a line
+    bar = tqdm(total=len(documents), initial=after, mininterval=every, unit="doc", dynamic_ncols=True)
     with files["train"], files["val"], bar, pool:
         for split, file in files.items():
             file.truncate(2 * done[split])  # a kill may have left more than was counted
@@ -196,7 +195,7 @@ def save(done, files, progress):
     for file in files.values():
         file.flush()
         os.fsync(file.fileno())
-    write_json(progress, done)
+    write_json(progress, {**done, "sha256": sha256_of_json(done)})
 
 
 # In the other processes
