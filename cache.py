@@ -90,7 +90,7 @@ class View:
         """
         layer, slots = self.layer, self.slots
         layer.reserve(slots.end, k)
-        if slots.mask is not None:  # one token per row, each to its own place: (n, nh, hs)
+        if slots.slot is not None:  # one token per row, each to its own place: (n, nh, hs)
             k, v = k.squeeze(2), v.squeeze(2)
         layer.k[slots.new], layer.v[slots.new] = k, v  # padding too: the row's next tokens overwrite it
         for row, n in zip(slots.rows, self.counts):
