@@ -306,7 +306,9 @@ def options_of_the_run(preset, given):
     out_dir = {**preset, **given}.get("out_dir", TrainConfig.out_dir)
     if given.get("eval_only"):
         best = checkpoint.contents(Path(out_dir), "best")
-        saved = {**best.get("config", {}), **best.get("asked", {})}  # support.gpt2 saves weights without options
+        if "config" not in best:  # weights of support.gpt2; `evaluate_checkpoint` says so
+            return {**given, "out_dir": out_dir}
+        saved = {**best["config"], **best.get("asked", {})}
     else:
         saved = run.saved_options(Path(out_dir))
     if saved is None:

@@ -139,7 +139,7 @@ def bench_training(configs, options, machine):
     experts = "MoDE" if options.staged or options.n_noop else "MoE"
     kind = experts if isinstance(configs["mod"], MoDEConfig) else "MoD"
     print(f"Training: a {kind} step has {flop_ratio:.3f} of the dense step's FLOPs")
-    steps = {name: step_of(config, options.batch_size, machine) for name, config in configs.items()}
+    steps = {name: train_step_of(config, options.batch_size, machine) for name, config in configs.items()}
     seconds = in_turn(lambda name, repeat: clocked(steps[name], machine.device)[0], options)
     mod, dense = statistics.median(seconds["mod"]), statistics.median(seconds["dense"])
     print(f"Training: it takes {mod:.4f} s against {dense:.4f} s, {mod / dense:.3f} of the time")
@@ -152,7 +152,7 @@ def bench_training(configs, options, machine):
     }
 
 
-def step_of(config, batch_size, machine):
+def train_step_of(config, batch_size, machine):
     """A function that makes one training step of train.py, always on the same random tokens."""
     torch.manual_seed(0)
     model = build(config).to(machine.device)

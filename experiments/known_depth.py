@@ -106,7 +106,7 @@ def learn(model, batch, steps, learning_rate, seed, look=None, every=1):
     """
     config = TrainConfig(
         learning_rate=learning_rate, min_lr=learning_rate / 10, max_iters=steps, warmup_iters=steps // 20,
-        seed=seed, device="cpu", dtype="float32",
+        seed=seed, device=str(model.lm_head.weight.device), dtype="float32",
     )  # fmt: skip
     optimizer, scaler = configure_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
     for step in range(steps):

@@ -14,7 +14,7 @@ from matplotlib import rc_context, ticker
 from matplotlib.figure import Figure  # not pyplot, which would change a notebook's settings
 from scipy import stats
 
-from experiments.runner import CLIFF, FACTOR, FRESH, SEEDS, choice_loss
+from experiments.runner import FACTOR, FRESH, SEEDS, choice_loss, too_risky
 from plot import spread
 from support.files import write_whole
 
@@ -71,7 +71,8 @@ def models_of(done):
         most = max(map(len, rates.values()))
         losses = {rate: choice_loss(rows.values()) for rate, rows in rates.items() if len(rows) == most}
         rate = min(losses, key=losses.get)
-        if most > 1 and losses.get(rate / FACTOR, math.inf) <= CLIFF * losses[rate] < losses.get(rate * FACTOR, 0):
+        near = [losses.get(other, math.nan) for other in (rate / FACTOR, rate, rate * FACTOR)]  # nan: not run yet
+        if most > 1 and too_risky(*near):
             rate /= FACTOR
         rows = rates[rate]
         first, fresh = ([rows[seed] for seed in group if seed in rows] for group in (SEEDS, FRESH))
@@ -568,10 +569,8 @@ def claim_7(learned):
     if not learned:
         return NOT_RUN
     learned = [row["learned"] for row in learned]
-    character, before, position = (
-        [x or 0 for one in learned for x in one["known_by"][key]]
-        for key in ("character", "character and the one before", "position")
-    )
+    keys = ("character", "character and the one before", "position")
+    character, before, position = ([x for one in learned for x in one["known_by"][key]] for key in keys)
     ranks = [0.5 if x is None else x for one in learned for x in one["entropy_ranks_higher"]]
     uncertain, certain = sum(x > 0.6 for x in ranks), sum(x < 0.4 for x in ranks)
     here = (

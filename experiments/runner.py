@@ -33,7 +33,7 @@ from support.stop import Stop
 SEEDS = (1, 2, 3, 4)  # the first one chooses learning rates (in the sets long and gpu and in recall.py, the first two)
 FRESH = (5, 6, 7, 8, 9, 10)  # of the models in the final comparison, trained when all choices are made
 FACTOR = 2  # between two learning rates
-CLIFF = 1.05  # between two neighbouring rates, one of which has a loss more than this many times the other's
+CLIFF = 1.05  # a cliff: the next rate's loss is more than this many times as high
 
 
 def search(run, done, chosen_by=SEEDS[:1]):
@@ -57,9 +57,14 @@ def search(run, done, chosen_by=SEEDS[:1]):
         if missing or best == run:
             break
         run = best
-    if len(chosen_by) > 1 and not missing and loss(near[0]) <= CLIFF * loss(run) < loss(near[2]):
+    if len(chosen_by) > 1 and not missing and too_risky(*map(loss, near)):
         return near[0], missing
     return best, missing
+
+
+def too_risky(half, best, twice):
+    """Whether a cliff lies above the best rate and none below it. The losses are of half, once and twice this rate."""
+    return half <= CLIFF * best < twice
 
 
 def seeds(run, done, wanted=SEEDS[1:]):
@@ -163,9 +168,10 @@ def run_all(wanted, run_class, execute, results, jobs):
                     failed = failed or future.exception()
                     continue
                 done[run] = row = future.result() | provenance
-                results.mkdir(parents=True, exist_ok=True)  # in case somebody deleted it
+                results.mkdir(parents=True, exist_ok=True)
+                new = [row] if (results / "runs.jsonl").is_file() else done.values()  # all, if somebody deleted it
                 with open(results / "runs.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.writelines(json.dumps(row) + "\n" for row in new)
                 shutil.rmtree(results / "under-way" / run.name, ignore_errors=True)
                 bar.update(run.budget)
                 loss = f"{row['report']['val_loss_causal']:.4f}" if row["report"] else "diverged"

@@ -106,10 +106,9 @@ def _read(out_dir, name):
     weights = tensors(out_dir, info, "model")
     try:
         untrusted.check_model(info["model"], weights)
-        finite = all(w.isfinite().all() for w in weights.values())
     except Exception as error:  # building a model from nonsense raises many kinds
         raise UserError(f"the weights and the model in {path} do not fit together: {reason_of(error)}") from None
-    if not finite:
+    if not all(w.isfinite().all() for w in weights.values()):
         raise UserError(f"the weights of {path} are not finite (NaN or infinite), so it predicts nothing; use another")
     return info, weights
 

@@ -52,15 +52,18 @@ def sha256_of_json(content):
 
 
 @contextlib.contextmanager
-def locked(folder, path, program):
-    """Keep a second process of `program` out of `folder`. The lock, a file at `path`, goes when its process ends."""
+def locked(folder, path, program, option):
+    """
+    Keep a second process of `program` out of `folder`, which `option` names, by a lock on the file `path`. The
+    operating system drops the lock when the process ends.
+    """
     if path.is_symlink():  # opening the lock empties the file
         raise UserError(f"{path} is a link, a lock must be a file of its own; delete the link")
     lock = filelock.FileLock(path, timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(f"another {program} is at work in {folder}; wait for it, or name another folder") from None
+        raise UserError(f"another {program} is at work in {folder}; wait for it, or name another {option}") from None
     except (OSError, NotImplementedError) as error:  # some versions of filelock raise the second for ENOSYS
         if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
             raise

@@ -32,7 +32,7 @@ NANOGPT_PRESETS = {
     "finetune_shakespeare": "shakespeare_finetune",
 }
 INSTEAD = {  # of options that nanoGPT or an earlier version has
-    "selection": "it is called variant now",
+    "selection": "use --variant",
     "always_save_checkpoint": "leave it out, every evaluation saves a checkpoint",
     "lr_decay_iters": "leave it out, the learning rate decays until the end of the run",
     "wandb_log": "use --wandb=PROJECT",

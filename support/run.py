@@ -75,7 +75,7 @@ def saved_options(out_dir):
 
 
 def is_run(folder):
-    """Whether a JSON of a run lies there, whole or not."""
+    """Whether config.json, last.json or previous.json holds a run's options. Its tensors may be missing or damaged."""
     for path in (folder / f"{name}.json" for name in ("config", "last", "previous")):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             if path.is_file() and type(json.loads(path.read_bytes())["config"]) is dict:  # a pipe would wait forever
@@ -123,7 +123,7 @@ def only_run_in(out_dir):
     # The lock is beside the folder, because the folder may be moved aside; inside, if it is one that cannot be moved.
     movable = not os.path.ismount(folder) and os.access(folder.parent, os.W_OK)
     path = folder.with_name(f".{folder.name}.lock") if movable else folder / LOCK
-    with locked(out_dir, path, "train.py"):
+    with locked(out_dir, path, "train.py", "--out_dir"):
         yield
 
 

@@ -13,6 +13,7 @@ from mode import build, config_class
 from support.data import check_tokens
 from support.options import convert
 
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FILE = r"(model|optimizer)-\d+(-\d+)?\.pt"
 
 
@@ -97,6 +98,6 @@ def must_be_like(tensors, expected):
         raise ValueError(f"other names: {', '.join(sorted(map(str, tensors.keys() ^ expected.keys())))[:200]}")
     for name, w in tensors.items():
         plain = isinstance(w, torch.Tensor) and w.layout == torch.strided and w.device.type == "cpu"
-        if not plain or w.shape != expected[name].shape or not w.is_floating_point():
+        if not plain or w.shape != expected[name].shape or w.dtype not in FLOATS:
             shape = list(getattr(w, "shape", []))
             raise ValueError(f"{name} is {type(w).__name__} {shape}, expected floats {list(expected[name].shape)}")

@@ -143,6 +143,7 @@ def place(tmp_path_factory, dataset):
 ROWS = [
     ("train", "... --learning_rat=1", "unknown option --learning_rat; did you mean --learning_rate?"),
     ("train", "... --lr=1", "unknown option --lr; use --learning_rate"),
+    ("sample", "--selection=x", "unknown option --selection; --help lists"),  # nor does it have --variant
     ("sample", "--temp=1", "unknown option --temp; did you mean --temperature?"),
     ("train", "... --learning_rate=1e-5", "min_lr 0.0001 is above learning_rate 1e-05, so the rate would rise; lower"),
     ("train", "... --route_every=3", "route_every 3 routes none of 2 blocks; use more blocks, or --route_every=0"),
@@ -167,7 +168,7 @@ ROWS = [
     ("train", "... --out_dir=latin", "out_dir latin cannot be a folder: "),
     ("train", "... --out_dir=latin/run", "latin is a file"),
     ("train", "... --causal_method=ruter", "--causal_method must be one of predictor, router; got 'ruter'; did you"),
-    ("train", "... --selection=stochastic", "unknown option --selection; it is called variant now"),
+    ("train", "... --selection=stochastic", "unknown option --selection; use --variant"),
     # What somebody who comes from nanoGPT types.
     ("train", "config/train_shakespeare_char.py", "did you mean config/shakespeare_mod.py?"),
     ("train", "config/train_gpt2.py", "did you mean config/owt_dense_124m.py?"),

@@ -145,7 +145,7 @@ def test_a_training_step_of_mod_takes_less_memory_than_a_dense_one():
     peak, machine = {}, train.resolve(train.TrainConfig(device=GPU, compile="False"))
     for route_every in (2, 0):
         config = GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, route_every=route_every)
-        step = bench.step_of(config, 16, machine)
+        step = bench.train_step_of(config, 16, machine)
         step()
         torch.cuda.reset_peak_memory_stats()
         step()

@@ -310,6 +310,15 @@ def test_options_from_python_are_checked_before_the_earlier_run_moves(tiny):
     assert not Path(tiny.out_dir + ".1").exists()
 
 
+def test_a_run_with_damaged_files_is_moved_aside_too(tiny):
+    train.train(tiny)
+    out_dir = Path(tiny.out_dir)
+    (out_dir / "config.json").write_text("{")
+    next(out_dir.glob("model-*.pt")).unlink()
+    train.train(tiny)
+    assert Path(f"{out_dir}.1", "config.json").read_text() == "{" and checkpoint.read(out_dir, "last")
+
+
 def test_what_is_not_a_run_is_never_moved_or_overwritten(tiny):
     out_dir = Path(tiny.out_dir)
     out_dir.mkdir()

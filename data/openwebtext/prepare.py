@@ -71,7 +71,7 @@ def prepare(args, out):
     # The bytes depend on these. Earlier work with other values is useless.
     job = {"source": source, "documents": len(documents), "files": files, "column": args.column}
     job |= {"val_every": args.val_every, "seed": args.seed, "chunk": CHUNK}
-    with locked(out, out / "lock", "prepare.py"):
+    with locked(out, out / "lock", "prepare.py", "--out"):
         with contextlib.suppress(UserError):  # there is no data yet, or it is damaged
             if data.load(out)[0].get("job") == job:
                 show(f"{out} holds exactly this data already")
@@ -154,9 +154,11 @@ def tokenize(documents, job, args, out):
     for part in parts.values():
         if part.is_symlink():  # in a stranger's folder it may lead to any file
             part.unlink()  # what it led to does not count as progress
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # nothing to continue
+    # Nothing to continue: there is no progress.json, or it is damaged.
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         before = json.loads(progress.read_text(encoding="utf-8"))
-        right = before.pop("sha256") == sha256_of_json(before) and before["job"] == job
+        own = before.pop("sha256", None)  # of an earlier version, which had none, the work still counts
+        right = own in (None, sha256_of_json(before)) and before["job"] == job
         if right and all(part.stat().st_size >= 2 * before[split] for split, part in parts.items()):
             done = before
     after = min(done["chunks"] * CHUNK, len(documents))
@@ -166,8 +168,8 @@ def tokenize(documents, job, args, out):
     # Not forked: the fork of a process with threads, such as Arrow's, can hang.
     pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), start, (documents, args))
     files = {split: open(part, "ab") for split, part in parts.items()}
-    every = 0.1 if sys.stderr.isatty() else 60  # seconds between updates; in a log file each one is a line
-    bar = tqdm(total=len(documents), initial=after, mininterval=every, unit="doc", dynamic_ncols=True)
+    pace = {} if sys.stderr.isatty() else {"mininterval": 60, "maxinterval": 60}  # in a log file each update stays
+    bar = tqdm(total=len(documents), initial=after, unit="doc", dynamic_ncols=True, **pace)
     with files["train"], files["val"], bar, pool:
         for split, file in files.items():
             file.truncate(2 * done[split])  # a kill may have left more than was counted
