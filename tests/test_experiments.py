@@ -964,6 +964,21 @@ def test_the_numbers_of_the_claims_follow_from_the_runs():
     for one, other in [*pairs, ("integrated MoDE", "MoE, lowered capacity")]:
         assert f"{one} against {other} {expected(kinds[one], kinds[other])}" in claims[7]
 
+    # Trained long: the pair at both budgets in the table; in the text, how far apart the two differences are.
+    at_1e13 = found(1e13, "4×64", 1, learning_rate=0.005), found(1e13, "2×64", 0, learning_rate=0.005)
+    at_1e14 = found(1e14, "4×64", 1, learning_rate=0.00125), found(1e14, "2×64", 0, learning_rate=0.0025)
+    for pair in (at_1e13, at_1e14):
+        assert f"its baseline 2×64: {expected(*pair)}" in text
+    (before, half), (after, other_half) = (
+        map(float, re.match(r"([-.\d]+)% ± ([.\d]+)", expected(*pair)).groups()) for pair in (at_1e13, at_1e14)
+    )
+    assert f"the two differences are {before - after:.2f} ± {math.hypot(half, other_half):.2f} points apart" in text
+    for path in ("README.md", "results/README.md"):
+        assert f"is {-after:.2f}% ± {other_half:.2f} below" in (ROOT / path).read_text(encoding="utf-8")
+    ours, theirs = ({row["run"]["seed"]: losses([row]).mean() for row in some} for some in at_1e14)
+    single = [100 * (1 - ours[seed] / theirs[seed]) for seed in ours]
+    assert f"it is lower, by {min(single):.2f} to {max(single):.1f}%" in text
+
 
 def test_the_report_takes_the_rate_at_which_the_search_ended():
     """Also where no other seeds follow, and the best rate lies next to a cliff, or between two."""

@@ -401,7 +401,9 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny, monkeypatch):
     def meanwhile(*args):
         before = {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()}
         for second in (tiny, dataclasses.replace(tiny, resume=True)):
-            with pytest.raises(UserError, match="another train.py is at work in .*; wait for it, or name another --o"):
+            with pytest.raises(
+                UserError, match="another train.py is at work .*; wait for it, or name another --out_dir$"
+            ):
                 train.train(second)
             met.append(second)
         assert {path: path.read_bytes() for path in Path(tiny.out_dir).iterdir()} == before
