@@ -94,7 +94,8 @@ GPU_SIZES = {  # these budgets read the complete works 2 to 8 times, 3 to 11 tim
     3e14: ((2, 192), (3, 192), (3, 256), (4, 192), (4, 256), (6, 192)),
     1e15: ((3, 256), (4, 256), (4, 384), (6, 256), (6, 384), (8, 256)),
 }
-LONG_SIZES = ((2, 64), (3, 64), (3, 96), (3, 128), (4, 128))  # of the dense models in the set long
+LONG_SIZES = ((2, 64), (3, 64), (3, 96), (2, 128), (3, 128), (4, 128))  # in the set long; MoD has twice the layers
+CONTENDER = 1.03  # at its first rate with seed 1, a size of the set long may lie this far above the best of its kind
 ABLATED = 3e12  # the budget at which one thing at a time is changed in the best MoD model
 VARIANTS = ("stochastic", "position", "no_gate", "sigmoid_gate", "loud_router", "exploring_noise")
 CAUSAL = ({}, {"causal_method": "router"}, {"variant": "expert_threshold"})  # three ways to decide without look-ahead
@@ -173,15 +174,19 @@ def long(done):
     Trained ten times longer than at 1e13: a MoD of width 64 against the same model without its routed blocks. Then the
     same pair at 1e13; other sizes at 1e14, the best of each kind; the pair at 3e13; random and position routing.
 
-    Two seeds choose the learning rate of each model, and the best size. Then fresh seeds report.
+    Two seeds choose the learning rate of each model, and the best size among the contenders. Then fresh seeds report.
     """
     mod, dense = Run(report.LONG, 4, 64, 2, 2.5e-3), Run(report.LONG, 2, 64, 0, 2.5e-3)
     dense_sizes = [replace(dense, n_layer=n, n_embd=width) for n, width in LONG_SIZES]
-    mod_sizes = [mod, replace(mod, n_layer=6)]
+    mod_sizes = [replace(mod, n_layer=2 * n, n_embd=width) for n, width in LONG_SIZES]
     both = SEEDS[:2]
 
     def pair(budget):
         return [replace(run, budget=budget, learning_rate=5e-3) for run in (mod, dense)]
+
+    def contenders(runs):
+        first = [mean_loss(run, done, both[:1]) for run in runs]
+        return [run for run, loss in zip(runs, first) if loss <= CONTENDER * min(first)]
 
     def best(runs):
         return min((search(run, done, both)[0] for run in runs), key=lambda run: mean_loss(run, done, both))
@@ -189,8 +194,9 @@ def long(done):
     return (
         tuned([mod, dense], done, both, FRESH)
         or tuned(pair(1e13), done, both, FRESH)
-        or tuned(dense_sizes + mod_sizes, done, both, ())
-        or tuned([best(dense_sizes), best(mod_sizes)], done, both, FRESH)
+        or [again for run in dense_sizes + mod_sizes for again in seeds(run, done, both[:1])]
+        or tuned(contenders(dense_sizes) + contenders(mod_sizes), done, both, ())
+        or tuned([best(contenders(dense_sizes)), best(contenders(mod_sizes))], done, both, FRESH)
         or tuned(pair(3e13), done, both, FRESH)
         or tuned([replace(mod, variant=name) for name in ("stochastic", "position")], done, both, FRESH)
     )

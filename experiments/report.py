@@ -339,14 +339,14 @@ def long_pairs(models):
 
 def long_table(models):
     """The models of the set long, each at its best rate so far; how far MoD lies from dense models and its controls."""
-    models = [m for m in models if len(m.rows) > 1]  # seed 1 alone chooses no rate here
     ours = [m for budget, pair in long_pairs(models).items() if budget < LONG for m in pair.values()]
     ours += sorted((m for m in models if m.run.budget == LONG), key=lambda m: (m.kind, m["parameters"]))
     rows = []
     for model in ours:
         others = {}
         if model.kind == "MoD":
-            best = best_of([m for m in ours if (m.kind, m.run.budget) == ("dense", model.run.budget)])
+            dense = [m for m in ours if (m.kind, m.run.budget) == ("dense", model.run.budget)]
+            best = best_of([m for m in dense if len(m.rows) > 1])  # seed 1 alone chooses no rate here
             baseline = others["its baseline"] = baseline_of(model, ours)
             others["MoD"] = find(replace(model.run, variant=""), ours) if model.run.variant else None
             others["the best dense"] = best if best != baseline else None
