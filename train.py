@@ -364,6 +364,8 @@ def resolve(config):
         import_wandb()  # if it is missing, say so before anything is done
     auto = str(device.startswith("cuda") and sys.platform == "linux")  # elsewhere it needs a compiler or gains little
     compiled = auto if config.compile == "auto" else config.compile
+    if compiled == "True" and device == "cpu" and torch.__version__ < "2.7" and not config.eval_only:
+        raise UserError("PyTorch 2.6 compiles wrong gradients for a CPU; update PyTorch, or leave out --compile=True")
     return dataclasses.replace(config, device=device, dtype=pick_dtype(config.dtype, device), compile=compiled)
 
 

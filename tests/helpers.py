@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train
+from mode import build, config_class
 from support import checkpoint
 from support.files import sha256_of, sha256_of_json
 
@@ -37,6 +38,23 @@ def weights_of(out_dir, name="last"):
 
 def equal(weights, others):
     return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def compiled_gradient_error(kind, device):
+    """How far the gradients of the compiled model lie from the eager ones: the largest relative error of a weight."""
+    torch.manual_seed(0)
+    sizes = dict(block_size=32, vocab_size=30, n_layer=4, n_head=2, n_embd=32)
+    model = build(config_class(kind)(**sizes, **kind)).to(device)
+    idx = torch.randint(30, (8, 33), device=device)
+    torch.compiler.reset()
+    gradients = []
+    for _ in ("eager", "compiled"):
+        model.zero_grad()
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        (loss + model.routing_loss()).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.compile(fullgraph=True)
+    return max(((a - b).norm() / a.norm()).item() for a, b in zip(*gradients))
 
 
 def state_of(config):

@@ -15,7 +15,7 @@ import cache
 import sample
 import train
 from experiments import bench
-from helpers import ROOT, state_of, weights_of
+from helpers import ROOT, compiled_gradient_error, state_of, weights_of
 from mod import GPT, GPTConfig
 from mode import build, config_class
 from test_device import KINDS, decisions, kinds
@@ -72,6 +72,11 @@ def test_compiled_training_never_compiles_again_and_learns_the_same(small, kind,
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = losses(small, "compiled", dtype=dtype, max_iters=50, compile="True", **KINDS[kind])
     assert torch.allclose(compiled, expected, rtol=0, atol=5e-3 if dtype == "float32" else 0.03)
+
+
+@pytest.mark.parametrize("kind", ["MoD", "dense", "staged"])
+def test_the_compiled_model_has_the_eager_gradients(kind):
+    assert compiled_gradient_error(KINDS[kind], GPU) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

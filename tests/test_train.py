@@ -14,7 +14,7 @@ import torch
 
 import sample
 import train
-from helpers import ROOT, equal, run
+from helpers import ROOT, compiled_gradient_error, equal, run
 from mod import GPT
 from mode import forward_flops
 from support import checkpoint
@@ -206,12 +206,30 @@ def test_no_option_is_left_out_above():
     assert names == {*OTHER_VALUES, *elsewhere}, "give a new option another value above, or test and name it elsewhere"
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
+compiled_kinds = pytest.mark.parametrize(
     "kind",
     [dict(route_every=0), dict(), dict(causal_method="router"), dict(n_expert=2, staged=True)],
     ids=["dense", "MoD", "router", "staged"],
 )
+
+
+@pytest.mark.slow
+@compiled_kinds
+def test_the_compiled_model_has_the_eager_gradients(kind):
+    assert compiled_gradient_error(kind, "cpu") < 1e-4
+
+
+def test_pytorch_2_6_does_not_compile_for_a_cpu(tiny, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0+cu124"))
+    with pytest.raises(UserError, match="PyTorch 2.6 compiles wrong gradients for a CPU"):
+        train.train(dataclasses.replace(tiny, compile="True"))
+    train.resolve(tiny)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.0"))
+    assert train.resolve(dataclasses.replace(tiny, compile="True")).compile == "True"
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@compiled_kinds
 def test_a_compiled_run_compiles_once(tiny, monkeypatch, kind, backend):
     """Fifty steps with an evaluation after every ten: a second compilation would be an error."""
     compile_model = torch.nn.Module.compile
