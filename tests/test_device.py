@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 import cache
 import sample
 import train
-from helpers import same, state_of
+from helpers import compiles_for_a_cpu, same, state_of
 from mod import GPT
 from mode import build, config_class
 
@@ -312,6 +312,7 @@ def test_more_than_256_tokens_are_sorted_as_apple_gpus_can(gpu):
         assert all(torch.equal(model(idx, routing=r)[0].cpu(), e) for r, e in zip(("topk", "causal"), expected))
 
 
+@compiles_for_a_cpu
 @pytest.mark.parametrize("kind", ["MoD", "dense", "staged"])
 def test_compiled_training_is_one_graph_for_the_whole_run(tiny, monkeypatch, kind):
     """On the CPU: dynamo does not look through Pretended. fullgraph excludes reads, for they break a graph."""

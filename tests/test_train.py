@@ -14,7 +14,7 @@ import torch
 
 import sample
 import train
-from helpers import ROOT, compiled_gradient_error, equal, run
+from helpers import ROOT, compiled_gradient_error, compiles_for_a_cpu, equal, run
 from mod import GPT
 from mode import forward_flops
 from support import checkpoint
@@ -214,6 +214,7 @@ compiled_kinds = pytest.mark.parametrize(
 
 
 @pytest.mark.slow
+@compiles_for_a_cpu
 @compiled_kinds
 def test_the_compiled_model_has_the_eager_gradients(kind):
     assert compiled_gradient_error(kind, "cpu") < 1e-4
@@ -228,6 +229,7 @@ def test_pytorch_2_6_does_not_compile_for_a_cpu(tiny, monkeypatch):
     assert train.resolve(dataclasses.replace(tiny, compile="True")).compile == "True"
 
 
+@compiles_for_a_cpu
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @compiled_kinds
 def test_a_compiled_run_compiles_once(tiny, monkeypatch, kind, backend):
@@ -242,6 +244,7 @@ def test_a_compiled_run_compiles_once(tiny, monkeypatch, kind, backend):
     assert math.isclose(compiled[-1]["val_loss_causal"], eager[-1]["val_loss_causal"], abs_tol=1e-3)
 
 
+@compiles_for_a_cpu
 def test_compile_compiles_and_log_interval_paces_the_progress_line(tiny, monkeypatch):
     compiled, updates = [], []
     monkeypatch.setattr(GPT, "compile", lambda self: compiled.append(self))
