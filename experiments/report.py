@@ -173,6 +173,13 @@ def comparisons(models):
     return found
 
 
+def distances(models):
+    """{budget: the `difference` of the best MoD from the best dense GPT}, also of the set long once both are known."""
+    best = {kind: best_of([m for m in plain(models, LONG, kind) if len(m.rows) > 1]) for kind in ("MoD", "dense")}
+    long = {LONG: difference(*final(best).values())} if all(m and m.fresh for m in best.values()) else {}
+    return {budget: roles["distance"] for budget, roles in comparisons(models).items()} | long
+
+
 def changes(models, budget):
     """The best plain MoD model of a budget, and [(name, model, what to compare it with)] with one thing changed."""
     base, others = best_of(plain(models, budget, "MoD")), []
@@ -206,19 +213,15 @@ def ablated(models):
 
 def with_experts(models):
     """{name: model} of the models with experts and those of their shape without, at the largest budget; all seeds."""
-    models = [model for model in models if model.complete]
-    mixtures = sorted([model for model in models if model.run.experts], key=lambda model: model.run.budget)
+    mixtures = sorted([m for m in models if m.complete and m.run.experts], key=lambda m: m.run.budget)
     if not mixtures:
         return {}
     mod = mixtures[-1].run.base
     dense = replace(mod, route_every=0)
     runs = {"dense": dense, "MoD": mod, DENSE_BASELINE: replace(dense, n_layer=mod.n_layer // 2)}
-    runs |= {
-        model.run.experts: model.run
-        for model in mixtures
-        if replace(model.run.base, learning_rate=mod.learning_rate) == mod
-    }
-    return {name: model for name, run in runs.items() if (model := find(run, models))}
+    of_this_shape = [m.run for m in mixtures if replace(m.run.base, learning_rate=mod.learning_rate) == mod]
+    runs |= {run.experts: run for run in of_this_shape}
+    return {name: model for name, run in runs.items() if (model := find(run, models)) and model.complete}
 
 
 # Tables
@@ -275,14 +278,14 @@ def trend(found):
 
 def crossover(models):
     """How the distance between the best models changes with the budget; where it would be zero, if that is clear."""
-    found = comparisons(models)
+    found = distances(models)
     if len(found) < 2:
         return ""
-    slope, half = trend({b: roles["distance"] for b, roles in found.items()})
+    slope, half = trend(found)
     if len(found) < 3 or abs(slope) <= half:
         budgets = f"From {short(min(found))} to {short(max(found))} FLOPs"
         return f"{budgets} the best models do not say where, or whether, MoD and dense cross."
-    x, y = np.log10(list(found)).mean(), statistics.mean(roles["distance"][0] for roles in found.values())
+    x, y = np.log10(list(found)).mean(), statistics.mean(percent for percent, _ in found.values())
     text = f"For ten times the budget the gap changes by {slope:+.2f} ± {half:.2f} percentage points (95%).\n"
     return text + f"A straight line through the gaps is at zero at {short(10 ** (x - y / slope))} FLOPs."
 
@@ -385,7 +388,7 @@ def draw(models, results):
     """Draw the pictures into the folder `results`, without those for which runs are missing."""
     if comparisons(models):
         draw_curves(models, results / "curves.png")
-    if len(comparisons(models)) > 1:
+    if len(distances(models)) > 1:
         draw_crossover(models, results / "crossover.png")
 
 
@@ -433,10 +436,10 @@ def draw_budget(axes, models, budget, x, xlabel):
 @style
 def draw_crossover(models, path):
     """Over the budget, how far the best MoD lies above the best dense GPT, and a MoD of one size above its baseline."""
-    found = comparisons(models)
+    found = distances(models)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    mean, half = zip(*(roles["distance"] for roles in found.values()))
+    mean, half = zip(*found.values())
     # No line between them: a few budgets are not a curve.
     look = {**LOOKS["MoD"], "linestyle": "", "capsize": 4}
     axes.errorbar(list(found), mean, yerr=half, **look, label="the best MoD above the best dense GPT")
@@ -498,10 +501,9 @@ def how_many(held):
 def claim_1(found):
     """What was found here, and the verdict, as in all functions below."""
     here = "; ".join(f"{short(b)}: {compared(roles['MoD'], roles['dense'])}" for b, roles in found.items())
-    b = max(found)
-    percent, half = found[b]["distance"]
+    percent, half = found[max(found)]["distance"]
     verdict = "not reproduced" if percent > half else "reproduced" if percent < -half else "no difference seen"
-    return here, f"{verdict}, at {short(b)}"
+    return here, f"{verdict}, at {short(max(found))}"
 
 
 def claim_2(found):
@@ -555,8 +557,7 @@ def claim_6(found):
     costs, right = {}, 1
     for b, roles in found.items():
         mod = roles["MoD"]
-        losses = zip(mod.losses(), mod.losses("topk"))
-        costs[b] = statistics.mean(100 * (causal / topk - 1) for causal, topk in losses)
+        costs[b] = statistics.mean(100 * (causal / topk - 1) for causal, topk in zip(mod.losses(), mod.losses("topk")))
         right = min(right, *(row[half]["predictor_accuracy"] for half in mod.halves for row in mod.rows))
     loss = "; ".join(f"{short(b)}: loss {signed_percent(cost)}" for b, cost in costs.items())
     partly = f"partly: no visible cost, but at worst {right:.1%} predicted (paper: 97%)"

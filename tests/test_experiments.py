@@ -369,6 +369,16 @@ def test_the_table_and_the_picture_of_the_long_set(tmp_path):
     ]  # fmt: skip
     models = at_budgets(1.648, 1.632) + report.models_of(done)
     assert list(report.long_pairs(models)) == [1e13, 1e14]
+    # The best models are a distance of their own as soon as both have fresh seeds; dense 3×64 has none yet.
+    assert list(report.distances(models)) == [1e11, 1e12]
+    fresh = lines(replace(dense, n_layer=3), 1.4, runner.FRESH)
+    for row in fresh.values():
+        row["choose"] = {name: 1.1 * loss for name, loss in row["choose"].items()}
+    done |= fresh
+    models = at_budgets(1.648, 1.632) + report.models_of(done)
+    assert list(report.distances(models)) == [1e11, 1e12, 1e14]
+    assert report.distances(models)[1e14][0] == pytest.approx(100 * (1.475 / 1.405 - 1))
+    assert report.crossover(models).startswith("For ten times the budget the gap changes by +0.78")
     report.draw(models, tmp_path)  # the crossover with hollow marks
     assert (tmp_path / "crossover.png").stat().st_size > 10_000
 
