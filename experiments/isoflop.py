@@ -94,7 +94,7 @@ GPU_SIZES = {  # these budgets read the complete works 2 to 8 times, 3 to 11 tim
     3e14: ((2, 192), (3, 192), (3, 256), (4, 192), (4, 256), (6, 192)),
     1e15: ((3, 256), (4, 256), (4, 384), (6, 256), (6, 384), (8, 256)),
 }
-LONG_SIZES = ((2, 64), (3, 64), (3, 96), (2, 128), (3, 128), (4, 128))  # in the set long; MoD has twice the layers
+LONG_SIZES = ((2, 128), (3, 128), (2, 192), (1, 192), (4, 128), (3, 96), (3, 64), (2, 64))  # MoD: twice the layers
 CONTENDER = 1.03  # at its first rate with seed 1, a size of the set long may lie this far above the best of its kind
 ABLATED = 3e12  # the budget at which one thing at a time is changed in the best MoD model
 VARIANTS = ("stochastic", "position", "no_gate", "sigmoid_gate", "loud_router", "exploring_noise")
@@ -181,7 +181,7 @@ def long(done):
     mod_sizes = [replace(mod, n_layer=2 * n, n_embd=width) for n, width in LONG_SIZES]
     both = SEEDS[:2]
 
-    def pair(budget):
+    def pair_at(budget):
         return [replace(run, budget=budget, learning_rate=5e-3) for run in (mod, dense)]
 
     def contenders(runs):
@@ -193,11 +193,11 @@ def long(done):
 
     return (
         tuned([mod, dense], done, both, FRESH)
-        or tuned(pair(1e13), done, both, FRESH)
-        or [again for run in dense_sizes + mod_sizes for again in seeds(run, done, both[:1])]
+        or tuned(pair_at(1e13), done, both, FRESH)
+        or [again for pair in zip(dense_sizes, mod_sizes) for run in pair for again in seeds(run, done, both[:1])]
         or tuned(contenders(dense_sizes) + contenders(mod_sizes), done, both, ())
         or tuned([best(contenders(dense_sizes)), best(contenders(mod_sizes))], done, both, FRESH)
-        or tuned(pair(3e13), done, both, FRESH)
+        or tuned(pair_at(3e13), done, both, FRESH)
         or tuned([replace(mod, variant=name) for name in ("stochastic", "position")], done, both, FRESH)
     )
 
