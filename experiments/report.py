@@ -175,7 +175,7 @@ def comparisons(models):
 
 def distances(models):
     """{budget: the `difference` of the best MoD from the best dense GPT}, also of the set long once both are known."""
-    best = {kind: best_of([m for m in plain(models, LONG, kind) if len(m.rows) > 1]) for kind in ("MoD", "dense")}
+    best = {kind: best_of(plain(models, LONG, kind)) for kind in ("MoD", "dense")}
     long = {LONG: difference(*final(best).values())} if all(m and m.fresh for m in best.values()) else {}
     return {budget: roles["distance"] for budget, roles in comparisons(models).items()} | long
 
@@ -348,8 +348,7 @@ def long_table(models):
     for model in ours:
         others = {}
         if model.kind == "MoD":
-            dense = [m for m in ours if (m.kind, m.run.budget) == ("dense", model.run.budget)]
-            best = best_of([m for m in dense if len(m.rows) > 1])  # seed 1 alone chooses no rate here
+            best = best_of([m for m in ours if (m.kind, m.run.budget) == ("dense", model.run.budget)])
             baseline = others["its baseline"] = baseline_of(model, ours)
             others["MoD"] = find(replace(model.run, variant=""), ours) if model.run.variant else None
             others["the best dense"] = best if best != baseline else None
