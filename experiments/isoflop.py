@@ -172,9 +172,10 @@ def experts(done):
 def long(done):
     """
     Trained ten times longer than at 1e13: a MoD of width 64 against the same model without its routed blocks. Then the
-    same pair at 1e13; other sizes at 1e14, the best of each kind; the pair at 3e13; random and position routing.
+    same pair at 1e13; other sizes at 1e14, wider too; the pair at 3e13; random and position routing.
 
-    Two seeds choose the learning rate of each model, and the best size among the contenders. Then fresh seeds report.
+    Two seeds choose the learning rate of each model, and the best size of each kind among the contenders. Then fresh
+    seeds report these two and the best MoD's baseline.
     """
     mod, dense = Run(report.LONG, 4, 64, 2, 2.5e-3), Run(report.LONG, 2, 64, 0, 2.5e-3)
     dense_sizes = [replace(dense, n_layer=n, n_embd=width) for n, width in LONG_SIZES]
@@ -189,14 +190,20 @@ def long(done):
         return [run for run, loss in zip(runs, first) if loss <= CONTENDER * min(first)]
 
     def best(runs):
-        return min((search(run, done, both)[0] for run in runs), key=lambda run: mean_loss(run, done, both))
+        found = [search(run, done, both)[0] for run in contenders(runs)]
+        return min(found, key=lambda run: mean_loss(run, done, both))
+
+    def finalists():
+        two = best(dense_sizes), best(mod_sizes)
+        baseline = search(replace(dense, n_layer=two[1].n_layer // 2, n_embd=two[1].n_embd), done, both)[0]
+        return list(dict.fromkeys([*two, baseline]))  # without duplicates
 
     return (
         tuned([mod, dense], done, both, FRESH)
         or tuned(pair_at(1e13), done, both, FRESH)
         or [again for pair in zip(dense_sizes, mod_sizes) for run in pair for again in seeds(run, done, both[:1])]
         or tuned(contenders(dense_sizes) + contenders(mod_sizes), done, both, ())
-        or tuned([best(contenders(dense_sizes)), best(contenders(mod_sizes))], done, both, FRESH)
+        or tuned(finalists(), done, both, FRESH)
         or tuned(pair_at(3e13), done, both, FRESH)
         or tuned([replace(mod, variant=name) for name in ("stochastic", "position")], done, both, FRESH)
     )

@@ -301,7 +301,8 @@ def test_the_long_set_reports_by_seeds_that_did_not_choose():
         best_rate = 1.25e-3 if run.route_every else 2.5e-3
         far = 0.1 if run.n_embd == 96 else 0  # the only width that is more than 3% above the best of its kind
         more = 0.01 * abs(math.log(run.learning_rate / best_rate)) + 0.001 * (run.seed == 1)
-        return 2 - 0.005 * run.n_layer + far + more
+        layers = min(run.n_layer, 12 - run.n_layer)  # six layers are best
+        return 2 - 0.005 * layers + far + more
 
     done = finish(isoflop.long, loss)
     fresh = {}  # {(budget, layers, width, variant): rates}, in the order of the set
@@ -309,7 +310,7 @@ def test_the_long_set_reports_by_seeds_that_did_not_choose():
         fresh.setdefault((run.budget, run.n_layer, run.n_embd, run.variant), []).append(run.learning_rate)
     pairs = {budget: [(budget, 4, 64, ""), (budget, 2, 64, "")] for budget in (1e14, 1e13, 3e13)}
     controls = [(1e14, 4, 64, name) for name in ("stochastic", "position")]
-    larger = [(1e14, 8, 128, ""), (1e14, 4, 128, "")]  # the best of each kind
+    larger = [(1e14, 6, 128, ""), (1e14, 4, 128, ""), (1e14, 3, 128, "")]  # the best of each kind, and MoD's baseline
     assert set(fresh) == {*pairs[1e14], *pairs[1e13], *larger, *pairs[3e13], *controls}
     assert set(list(fresh)[:4]) == {*pairs[1e14], *pairs[1e13]} and list(fresh)[-2:] == controls
     assert all(len(rates) == 6 and len(set(rates)) == 1 for rates in fresh.values())
