@@ -608,7 +608,8 @@ def by_hand(model, idx, new, routing):
     """Sampling with seed 1, written out."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(new):
-        p = model(idx, routing=routing)[0][:, -1].float().softmax(dim=-1)  # PyTorch 2.6 draws others from float64
+        # float32 as in sampling: PyTorch 2.6 draws other tokens from float64.
+        p = model(idx, routing=routing)[0][:, -1].float().softmax(dim=-1)
         idx = torch.cat((idx, torch.multinomial(p, 1, generator=generator)), dim=1)
     return idx
 

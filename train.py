@@ -365,7 +365,7 @@ def resolve(config):
     auto = str(device.startswith("cuda") and sys.platform == "linux")  # elsewhere it needs a compiler or gains little
     compiled = auto if config.compile == "auto" else config.compile
     if compiled == "True" and device == "cpu" and torch.__version__ < "2.7" and not config.eval_only:
-        raise UserError("PyTorch 2.6 compiles wrong gradients for a CPU; update PyTorch, or leave out --compile=True")
+        raise UserError("PyTorch 2.6 compiles wrong gradients for a CPU; update PyTorch, or use --compile=False")
     return dataclasses.replace(config, device=device, dtype=pick_dtype(config.dtype, device), compile=compiled)
 
 

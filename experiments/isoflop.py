@@ -94,7 +94,7 @@ GPU_SIZES = {  # these budgets read the complete works 2 to 8 times, 3 to 11 tim
     3e14: ((2, 192), (3, 192), (3, 256), (4, 192), (4, 256), (6, 192)),
     1e15: ((3, 256), (4, 256), (4, 384), (6, 256), (6, 384), (8, 256)),
 }
-LONG_SIZES = ((2, 128), (3, 128), (2, 192), (1, 192), (4, 128), (3, 96), (3, 64), (2, 64))  # MoD: twice the layers
+LONG_SIZES = ((2, 128), (3, 128), (2, 192), (1, 192), (4, 128), (3, 96), (3, 64), (2, 64))  # trained in this order
 CONTENDER = 1.03  # at its first rate with seed 1, a size of the set long may lie this far above the best of its kind
 ABLATED = 3e12  # the budget at which one thing at a time is changed in the best MoD model
 VARIANTS = ("stochastic", "position", "no_gate", "sigmoid_gate", "loud_router", "exploring_noise")
@@ -174,8 +174,8 @@ def long(done):
     Trained ten times longer than at 1e13: a MoD of width 64 against the same model without its routed blocks. Then the
     same pair at 1e13; other sizes at 1e14, wider too; the pair at 3e13; random and position routing.
 
-    Two seeds choose the learning rate of each model, and the best size of each kind among the contenders. Then fresh
-    seeds report these two and the best MoD's baseline.
+    At 1e14 each size first trains with seed 1, and the contenders go on (see CONTENDER). Two seeds choose the rates and
+    the best size of each kind. Fresh seeds report the pairs, the controls, the best sizes and the best MoD's baseline.
     """
     mod, dense = Run(report.LONG, 4, 64, 2, 2.5e-3), Run(report.LONG, 2, 64, 0, 2.5e-3)
     dense_sizes = [replace(dense, n_layer=n, n_embd=width) for n, width in LONG_SIZES]
@@ -190,13 +190,11 @@ def long(done):
         return [run for run, loss in zip(runs, first) if loss <= CONTENDER * min(first)]
 
     def best(runs):
-        found = [search(run, done, both)[0] for run in contenders(runs)]
-        return min(found, key=lambda run: mean_loss(run, done, both))
+        return min(contenders(runs), key=lambda run: mean_loss(search(run, done, both)[0], done, both))
 
     def finalists():
         two = best(dense_sizes), best(mod_sizes)
-        baseline = search(replace(dense, n_layer=two[1].n_layer // 2, n_embd=two[1].n_embd), done, both)[0]
-        return list(dict.fromkeys([*two, baseline]))  # without duplicates
+        return dict.fromkeys([*two, replace(two[1], n_layer=two[1].n_layer // 2, route_every=0)])  # without duplicates
 
     return (
         tuned([mod, dense], done, both, FRESH)

@@ -175,9 +175,11 @@ def comparisons(models):
 
 def distances(models):
     """{budget: the `difference` of the best MoD from the best dense GPT}, also of the set long once both are known."""
-    best = {kind: best_of(plain(models, LONG, kind)) for kind in ("MoD", "dense")}
-    long = {LONG: difference(*final(best).values())} if all(m and m.fresh for m in best.values()) else {}
-    return {budget: roles["distance"] for budget, roles in comparisons(models).items()} | long
+    found = {budget: roles["distance"] for budget, roles in comparisons(models).items()}
+    sizes = {kind: plain(models, LONG, kind) for kind in ("MoD", "dense")}
+    if all(len(some) > 1 and best_of(some).fresh for some in sizes.values()):
+        found[LONG] = difference(*final({kind: best_of(some) for kind, some in sizes.items()}).values())
+    return found
 
 
 def changes(models, budget):
@@ -447,11 +449,10 @@ def draw_crossover(models, path):
         look |= {"mfc": "white", "label": "MoD 4×64 above dense 2×64, its baseline"}
         axes.errorbar([1.1 * budget for budget in pairs], mean, yerr=half, **look)
     axes.axhline(0, color=LOOKS["dense"]["color"], label="the dense GPT")
-    axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=1)  # a seed that hardly learned must not flatten all others
     axes.set_yticks([-10, -3, -1, -0.5, 0, 0.5, 1, 3, 10])
     axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.set(xlabel="training FLOPs", ylabel="loss of MoD above dense (percent)")
+    axes.set(xscale="log", xlabel="training FLOPs", ylabel="loss of MoD above dense (percent)")
     axes.set_title("How far MoD lies above a dense GPT with as many training FLOPs (95% intervals)")
     axes.legend()
     save(figure, path)
