@@ -69,8 +69,9 @@ def read_run(name):
         rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         if not rows:
             raise UserError(f"{path} has no evaluation yet")
-        facts["config"]["seed"], facts["parameters"], facts["data"]["text_sha256"]  # raises if one is missing
-        numbers = ("step", "flops", "val_loss_causal", "val_loss_topk", "train_seconds")
+        [facts["config"][name] for name in ("seed", "route_every", "n_layer", "n_embd")]  # raises if one is missing
+        facts["parameters"] + 0, facts["data"]["text_sha256"]
+        numbers = ("step", "tokens", "flops", "val_loss_causal", "val_loss_topk", "train_seconds")
         [row[name] + 0.0 for row in rows for name in numbers]  # raises if one is no number
     except (OSError, OverflowError, ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"{path} is not the out_dir of a run: it needs config.json and metrics.jsonl") from None
@@ -105,8 +106,7 @@ def name_of(group):
 
 
 def table(groups):
-    lines = ["| run | parameters | steps | training FLOPs | causal loss | top-k loss | best causal | minutes |"]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
+    rows = []
     for name, group in groups:
         last = [run["rows"][-1] for run in group]
         cells = [
@@ -119,8 +119,18 @@ def table(groups):
             spread([min(row["val_loss_causal"] for row in run["rows"]) for run in group]),
             f"{statistics.median(row['train_seconds'] for row in last) / 60:.1f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    columns = ":run | parameters | steps | training FLOPs | causal loss | top-k loss | best causal | minutes"
+    return markdown(columns, rows)
+
+
+def markdown(columns, rows):
+    """A table. columns: "FLOPs | :model | ...", where a colon aligns left; rows: lists of cells, or {column: cell}."""
+    names = [name.removeprefix(":") for name in columns.split(" | ")]
+    rule = "|".join("---" if name.startswith(":") else "--:" for name in columns.split(" | "))
+    lines = [[row.get(name, "") for name in names] if isinstance(row, dict) else row for row in rows]
+    lines = [f"| {' | '.join(map(str, line))} |" for line in lines]
+    return "\n".join([f"| {' | '.join(names)} |", f"|{rule}|", *lines]) if rows else ""
 
 
 def spread(values, form="{:.3f}"):
@@ -142,8 +152,7 @@ def draw(groups, x, path):
             axes.plot([row[key] for row in run["rows"]], curves[-1], **look, label=label)
     # From the second evaluation on, because the loss before the first step would flatten the rest.
     axes.set_ylim(min(map(min, curves)) - 0.05, max(curve[:2][-1] for curve in curves) + 0.05)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel("validation loss, causal (nats per token)")
+    axes.set(xlabel=x_label, ylabel="validation loss, causal (nats per token)")
     axes.grid(alpha=0.3)
     for text, (name, _) in zip(axes.legend().get_texts(), groups):
         text.set(text=name, parse_math=False)  # a folder's name is not a formula, even with dollar signs

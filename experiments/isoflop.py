@@ -127,8 +127,7 @@ def at_one_budget(budget, sizes, done):
         return todo
     dense, mod = (sorted(runs, key=lambda run: mean_loss(run, done, chosen_by)) for runs in kinds.values())
     baselines = [run for run in dense[3:] if (run.n_layer, run.n_embd) == (mod[0].n_layer // 2, mod[0].n_embd)]
-    todo = [again for run in dense[:3] + mod[:3] + baselines for again in seeds(run, done)]
-    if todo:
+    if todo := [again for run in dense[:3] + mod[:3] + baselines for again in seeds(run, done)]:
         return todo
     found = report.candidates(report.models_of(done), budget).values()
     runs = dict.fromkeys(model.run for model in found if model)  # without duplicates
@@ -292,8 +291,7 @@ def main(argv=None):
         if args.set != "draw":
             run_one = prepared(execute, args.results, args.dataset, device)
             runner.run_all(SETS[args.set], Run, run_one, args.results, args.jobs)
-        done = runner.read(args.results, Run)
-        models = report.models_of(done)
+        models = report.models_of(runner.read(args.results, Run))
         report.draw(models, args.results)
         nothing = f"Nothing to compare in {args.results} yet: the best models need all seeds"
         print("\n\n".join(report.tables(models).values()) or nothing)

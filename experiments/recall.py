@@ -20,13 +20,13 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("recall.py runs from the top of the repository: python -m experiments.recall")
 
 import functools
-import math
 import statistics
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 from torch.nn import functional as F
 
 from experiments import report, runner
@@ -174,13 +174,13 @@ def wanted(T, done):
 def finished(T, done):
     """{model: its lines of the fresh seeds}, for models that have all of these and of which none diverged."""
     models = report.models_of({run: row for run, row in done.items() if run.block_size == T})
-    fresh = {model.run.model: model.fresh for model in models if model.fresh}
+    fresh = {m.run.model: m.fresh for m in models if m.fresh and m.run.budget == TASKS[T][2]}
     return {name: fresh[name] for name in MODELS if name in fresh}
 
 
 def interval(values):
     """Mean ± half of its 95% interval."""
-    half = report.t_95(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
+    half = report.t_95(len(values)) * stats.sem(values)
     return f"{statistics.mean(values):.3f} ± {half:.3f}"
 
 

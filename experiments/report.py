@@ -15,7 +15,7 @@ from matplotlib.figure import Figure  # not pyplot, which would change a noteboo
 from scipy import stats
 
 from experiments.runner import FACTOR, FRESH, SEEDS, choice_loss, too_risky
-from plot import spread
+from plot import markdown, spread
 from support.files import write_whole
 
 LOOKS = {
@@ -96,7 +96,7 @@ def difference(a, b):
     percent = 100 * (a.mean() / b.mean() - 1)
     if not (a.complete and b.complete):
         return percent, math.inf
-    error = math.hypot(*(statistics.stdev(model.losses()) / math.sqrt(len(model.rows)) for model in (a, b)))
+    error = math.hypot(*(stats.sem(model.losses()) for model in (a, b)))
     return percent, t_95(min(len(a.rows), len(b.rows))) * 100 * error / b.mean()
 
 
@@ -227,15 +227,6 @@ def with_experts(models):
 
 
 # Tables
-
-
-def markdown(columns, rows):
-    """A table. columns: "FLOPs | :model | ...", where a colon aligns left; rows: lists of cells, or {column: cell}."""
-    names = [name.removeprefix(":") for name in columns.split(" | ")]
-    rule = "|".join("---" if name.startswith(":") else "--:" for name in columns.split(" | "))
-    lines = [[row.get(name, "") for name in names] if isinstance(row, dict) else row for row in rows]
-    lines = [f"| {' | '.join(map(str, line))} |" for line in lines]
-    return "\n".join([f"| {' | '.join(names)} |", f"|{rule}|", *lines]) if rows else ""
 
 
 COLUMNS = "FLOPs | :model | parameters | FLOPs/token | steps | rate | causal | top-k"
@@ -405,7 +396,8 @@ def draw_curves(models, path):
         means = [model.mean() for kind in LOOKS for model in plain(models, budget, kind)]
         row[0].set_ylim(min(means) - 0.02, max(means) + 0.02)
         row[0].set_ylabel("causal loss on the second half (nats per character)\nno bar: seed 1 alone")
-        distance = f"best MoD (star) {signed(roles['distance'])} against best dense, by fresh seeds"
+        by = "fresh seeds" if roles["dense"].rows == roles["dense"].fresh else "seeds 2 to 4"
+        distance = f"best MoD (star) {signed(roles['distance'])} against best dense, by {by}"
         row[0].set_title(f"{short(budget)} training FLOPs: {distance}")
         row[0].legend()
     save(figure, path)
@@ -424,8 +416,7 @@ def draw_budget(axes, models, budget, x, xlabel):
             axes.errorbar([model[x] for model in line], means, yerr=bars, label=label, **thin)
         text = dict(textcoords="offset points", ha="center", fontsize=7, color=look["color"])
         for model in chosen:
-            below_or_above = (0, -11 if kind == "dense" else 6)
-            axes.annotate(model.name, (model[x], model.mean()), xytext=below_or_above, **text)
+            axes.annotate(model.name, (model[x], model.mean()), xytext=(0, -11 if kind == "dense" else 6), **text)
         best = best_of(chosen)
         axes.plot(best[x], best.mean(), marker="*", markersize=15, color=look["color"], zorder=5)
     axes.set(xscale="log", xlabel=xlabel)

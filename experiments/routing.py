@@ -12,7 +12,6 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("routing.py runs from the top of the repository: python -m experiments.routing")
 
 import functools
-import math
 import statistics
 
 import numpy as np
@@ -34,11 +33,6 @@ CLASSES = {
     "end of line": lambda c, before: c == "\n",
     "other": lambda c, before: not c.isalpha() and c not in " \n",
 }
-
-
-def execute(run, folder, dataset, device):
-    """Train and measure; returns the run's line of runs.jsonl."""
-    return isoflop.execute(run, folder, dataset, device, measure, eval_interval=250, eval_iters=32)
 
 
 def measure(model, tokens, vocab, rows):
@@ -160,7 +154,7 @@ def lengths(rows):
     for T in LENGTHS:
         topk, causal = ([row["lengths"][str(T)][routing] for row in rows] for routing in ("topk", "causal"))
         costs = [100 * (c / t - 1) for c, t in zip(causal, topk)]
-        half = report.t_95(len(costs)) * statistics.stdev(costs) / math.sqrt(len(costs)) if len(costs) > 2 else math.inf
+        half = report.t_95(len(costs)) * stats.sem(costs) if len(costs) > 2 else np.inf
         cost = report.signed((statistics.mean(costs), half))
         cells.append([T, spread(topk, "{:.4f}"), spread(causal, "{:.4f}"), cost])
     return report.markdown("tokens of context | top-k | causal | causal against top-k", cells)
@@ -219,12 +213,9 @@ def draw(rows, path):
     training.axhline(0.875, color="black", linewidth=0.8)
     training.text(0, 0.878, "base rate: never take", fontsize=8)
     training.set(ylim=(0.8, 1), xlabel="training step", ylabel="decisions predicted correctly")
-
-    def values(of_one):
-        return [value for one in learned for value in of_one(one) if value is not None]
-
-    by_character, by_position = (values(lambda one, key=key: one["known_by"][key]) for key in ("character", "position"))
-    ranks = values(lambda one: one["entropy_ranks_higher"])
+    by_character = [x for one in learned for x in one["known_by"]["character"]]
+    by_position = [x for one in learned for x in one["known_by"]["position"]]
+    ranks = [0.5 if rank is None else rank for one in learned for rank in one["entropy_ranks_higher"]]
     uncertain, certain = sum(rank > 0.6 for rank in ranks), sum(rank < 0.4 for rank in ranks)  # as in claim 7
     last = [row["training"][-1]["predictor_accuracy"] for row in rows]
     classes.set_title(f"The character alone explains {min(by_character):.0%} to {max(by_character):.0%} of a decision")
@@ -238,6 +229,7 @@ def main(argv=None):
     args = runner.arguments(__doc__, ["all"], "out-routing").parse_args(argv)
     with errors_in_one_line("routing.py", "try fewer --jobs"):
         if args.set != "draw":
+            execute = functools.partial(isoflop.execute, measure=measure, eval_interval=250, eval_iters=32)
             run_one = isoflop.prepared(execute, args.results, "shakespeare_works", "cpu")
             wanted = functools.partial(runner.seeds, MODEL)
             runner.run_all(wanted, isoflop.Run, run_one, args.results, args.jobs)

@@ -128,10 +128,14 @@ class StopAll(Stop):
     FIRST, AT_ONCE = b"Stopping", "Stopped at once; the lines of finished runs are complete"
 
     def ask(self, number, frame):
-        super().ask(number, frame)
-        if number != signal.SIGINT:  # only this process may have got it; a Ctrl-C reaches the workers too
+        try:
+            super().ask(number, frame)
+        finally:
             for process in multiprocessing.active_children():
-                process.terminate()  # `train` then saves (Windows kills the worker, and its run starts again)
+                if self.again:
+                    process.kill()  # a worker may ignore signals, and the pool would wait for the end of its run
+                elif number != signal.SIGINT:  # only this process may have got it; a Ctrl-C reaches the workers too
+                    process.terminate()  # `train` then saves (Windows kills the worker, and its run starts again)
 
 
 def run_all(wanted, run_class, execute, results, jobs):

@@ -98,6 +98,14 @@ def test_nonsense_in_place_of_the_evaluations_is_one_line(tiny, metrics):
     assert f"{tiny.out_dir} {reason}" in told(plot, [tiny.out_dir])
 
 
+@pytest.mark.parametrize("damage", [{"parameters": "many"}, {"config": {"seed": 1}}, {"data": {}}])
+def test_facts_that_are_missing_are_one_line(tiny, damage):
+    train.train(tiny)
+    path = Path(tiny.out_dir) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | damage), encoding="utf-8")
+    assert f"{tiny.out_dir} is not the out_dir of a run" in told(plot, [tiny.out_dir])
+
+
 def test_a_folder_that_is_not_a_run_is_left_out_with_a_line(tiny, tmp_path, capsys):
     train.train(tiny)
     (tmp_path / "out-gpt2").mkdir()

