@@ -205,7 +205,7 @@ def test_in_attention_a_picked_token_has_its_place_in_the_text(routing):
     assert not close(make()(idx, routing=routing)[0], expected)  # the turn matters
 
 
-def test_with_a_cache_too_a_token_has_its_place_in_the_text():
+def test_a_cached_token_keeps_its_position_in_the_text():
     model, idx = make_rotary(), tokens(B=2, T=20)
     cache = KVCache(model.config, 2)
     logits = [prefill(model, cache, [idx[0, :9].tolist(), idx[1, :5].tolist()])]
@@ -289,7 +289,7 @@ def test_a_token_that_is_not_taken_is_unchanged_bit_for_bit(routing):
     assert (out[block.taken] != x[block.taken]).any(dim=1).all()
 
 
-def test_no_token_taken_is_the_identity_and_all_taken_is_no_cap():
+def test_a_causal_pass_may_take_no_token_or_every_token():
     block, x = make().transformer.h[1], inputs()
     block.predictor[-1].bias.data.fill_(-1e6)
     assert torch.equal(run(block, x, "causal"), x) and not block.taken.any()
@@ -377,6 +377,10 @@ def test_routing_stays_in_float32_under_autocast():
         run(block, x)
     assert block.logits.dtype == torch.float32
     assert torch.equal(block.taken, expected)
+    model = build(config_class(EXPERTS[1])(**{**TINY, **EXPERTS[1]}))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(tokens())
+    assert {module.logits.dtype for module in model.routing_modules} == {torch.float32}
 
 
 # Causality
@@ -426,9 +430,11 @@ def test_training_and_evaluation_mode_differ_in_dropout_alone(kind, routing):
     assert not close(logits(model), logits(dropped.train()))
 
 
-@pytest.mark.parametrize("part", ["drop", "h.1.attn", "h.1.attn.resid_dropout", "h.1.mlp.dropout"])
+@pytest.mark.parametrize(
+    "part", ["drop", "h.1.attn", "h.1.attn.resid_dropout", "h.1.mlp.dropout", "h.1.mlp.experts.dropout"]
+)
 def test_dropout_acts_on_embeddings_attention_and_mlp(part):
-    model = make(dropout=0.5)
+    model = make(dropout=0.5, **(EXPERTS[0] if "experts" in part else {}))
     model.transformer.get_submodule(part).training = True  # this part alone
     assert not close(model(tokens())[0], model.eval()(tokens())[0])
 
@@ -677,7 +683,7 @@ def test_top_p_keeps_as_many_tokens_in_bfloat16_as_it_should(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [dict(top_k=2), dict(top_p=0.5)])
-def test_of_equal_logits_no_more_are_kept_than_needed(options):
+def test_ties_let_no_extra_token_through_top_k_or_top_p(options):
     assert len(pick_token(torch.zeros(1000, 4), **options).unique()) == 2
 
 

@@ -65,7 +65,7 @@ def test_the_routing_map_names_its_blocks_and_tokens(tmp_path, monkeypatch):
     assert f"({taken.mean():.0%} of all)" in drawn[0].get_suptitle()
 
 
-def test_dollar_signs_are_no_formulas_and_missing_glyphs_no_warnings(tmp_path):
+def test_dollar_signs_are_not_math_and_missing_glyphs_do_not_warn(tmp_path):
     taken = np.ones((1, 3), dtype=bool)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

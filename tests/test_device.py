@@ -1,4 +1,4 @@
-"""The code on a pretended accelerator: what would fail on a GPU, and what would wait for it. It needs no GPU."""
+"""The code on a simulated GPU: what would fail on a GPU, and what would wait for it. It needs no GPU."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 import cache
 import sample
 import train
-from helpers import compiles_for_a_cpu, same, state_of
+from helpers import same, state_of
 from mod import GPT
 from mode import build, config_class
 
@@ -23,7 +23,7 @@ READS = (READS + "__index__ __format__ __repr__ __contains__").split()
 MOVES = "to copy_ __set__ _has_compatible_shallow_copy_type".split()  # tensors of both devices may meet here
 
 
-class Pretended(TorchFunctionMode):
+class SimulatedGPU(TorchFunctionMode):
     """
     Inside this context "cuda" is a device whose tensors lie on the CPU with a tag. An operation on tensors of both
     devices fails, as in PyTorch. What Apple GPUs cannot do fails too. Three counts:
@@ -48,7 +48,7 @@ class Pretended(TorchFunctionMode):
 
         monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", groups_with_tags)
         monkeypatch.setattr(torch, "Generator", Generator)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "simulated")
 
     @contextlib.contextmanager
     def counting(self, counts):
@@ -102,7 +102,7 @@ class Pretended(TorchFunctionMode):
             raise RuntimeError("index_copy: 100 times slower on MPS than on a CPU (PyTorch's pull request 185750)")
 
         asked = [torch.device(x) for x in (*args, *kwargs.values()) if is_device(x)]
-        goal = asked[0] == GPU or asked[0].type == "cuda" if asked else None  # shall the result be on the device?
+        goal = asked[0] == GPU or asked[0].type == "cuda" if asked else None  # should the result be on the device?
         if goal:  # it is computed on the CPU
             args = [torch.device("cpu") if is_device(x) else x for x in args]
             kwargs = {key: torch.device("cpu") if is_device(x) else x for key, x in kwargs.items()}
@@ -142,10 +142,10 @@ class Generator(torch.Generator):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    return Pretended(monkeypatch)
+    return SimulatedGPU(monkeypatch)
 
 
-def test_the_pretended_device_fails_and_counts_as_a_real_one(gpu):
+def test_the_simulated_gpu_fails_and_counts_as_a_real_one(gpu):
     here = torch.ones(3)
     with gpu:
         there, number = here.to("cuda"), torch.tensor(2.0)
@@ -310,20 +310,3 @@ def test_more_than_256_tokens_are_sorted_as_apple_gpus_can(gpu):
     with gpu:
         model, idx = model.to("cuda"), idx.to("cuda")
         assert all(torch.equal(model(idx, routing=r)[0].cpu(), e) for r, e in zip(("topk", "causal"), expected))
-
-
-@compiles_for_a_cpu
-@pytest.mark.parametrize("kind", ["MoD", "dense", "staged"])
-def test_compiled_training_is_one_graph_for_the_whole_run(tiny, monkeypatch, kind):
-    """On the CPU: dynamo does not look through Pretended. fullgraph excludes reads, for they break a graph."""
-    graphs = []
-
-    def compiled(self):
-        torch.compiler.reset()
-        torch.nn.Module.compile(self, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
-
-    monkeypatch.setattr(GPT, "compile", compiled)
-    config = dataclasses.replace(tiny, compile="True", max_iters=50, eval_interval=20, **KINDS[kind])
-    train.train(dataclasses.replace(config, max_iters=30))
-    train.train(dataclasses.replace(config, resume=True))
-    assert len(graphs) == 2  # one for each command, though both evaluate in between

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from experiments import isoflop, known_depth, readme, recall, report, routing, r
 from helpers import ROOT
 from mod import GPT, GPTConfig
 from mode import forward_flops
+from support.data import load
 from support.report import hardware
 
 # The runner
@@ -53,7 +55,7 @@ def test_the_search_goes_on_until_the_best_rate_has_worse_ones_on_both_sides(bes
     assert {best / 2, best, best * 2} <= {run.learning_rate for run in done}
 
 
-def test_the_search_takes_a_run_that_diverged_for_the_worst():
+def test_the_search_ranks_a_diverged_run_last():
     done = {}
     while (found := runner.search(FakeRun("a"), done))[1]:
         for run in found[1]:
@@ -135,7 +137,13 @@ def test_each_line_says_which_code_and_which_machine_made_it(tmp_path, dataset, 
     assert row["commit"] == "0123456789ab" and row["cpu"] == row["versions"]["hardware"] == hardware("cpu")
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def test_the_commit_of_changed_code_is_marked(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # a hook sets GIT_DIR: another repository
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+
     def git(*arguments):
         who = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
         subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True)
@@ -162,6 +170,15 @@ def test_what_is_under_way_is_finished_and_kept_when_another_run_fails(tmp_path)
     with pytest.raises(ValueError, match="this run fails"):
         runner.run_all(lambda done: [run for run in runs if run not in done], FakeRun, execute_fake, tmp_path, jobs=2)
     assert list(runner.read(tmp_path, FakeRun)) == [FakeRun("slow")]
+
+
+def test_runs_on_another_text_do_not_get_into_the_same_file(tmp_path, dataset):
+    line = {"run": isoflop.Run(1e9, 1, 32, 0).__dict__, "data": "another text"}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    with pytest.raises(runner.UserError, match="holds runs on another text"):
+        isoflop.prepared(isoflop.execute, tmp_path, dataset, "cpu")
+    with pytest.raises(runner.UserError, match="--jobs must be at least 1, got 0"):
+        runner.run_all(None, FakeRun, None, tmp_path, jobs=0)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signal that a process can ignore")
@@ -463,7 +480,7 @@ def dataset(tmp_path):
     return str(tmp_path / "data")
 
 
-def test_a_run_reports_the_half_on_which_nothing_is_chosen_and_is_the_same_when_made_again(tmp_path, dataset):
+def test_a_run_reports_the_held_out_half_and_repeats_exactly(tmp_path, dataset):
     run = isoflop.Run(2e9, 2, 32, 2, learning_rate=1e-2)
     first, second = (isoflop.execute(run, tmp_path / name, dataset, "cpu") for name in ("a", "b"))
     assert first["choose"]["val_loss_causal"] < 1.6 < 2.1 < first["report"]["val_loss_causal"]
@@ -603,6 +620,31 @@ def test_the_table_and_picture_of_recall_are_by_the_fresh_seeds_at_the_best_rate
     assert (tmp_path / "recall.png").stat().st_size > 10_000
 
 
+def test_a_run_of_the_known_task_spends_its_budget_and_is_measured_on_two_sets_of_texts():
+    step = 3 * known_depth.BATCH * known_depth.model_of({}).flops(known_depth.T)
+    row = known_depth.execute(known_depth.Run("MoD", budget=3.5 * step), None)
+    assert (row["steps"], row["flops"]) == (3, 3 * step) and row["choose"] != row["report"]
+
+
+def test_a_run_of_recall_spends_its_budget_and_is_measured_on_both_halves(dataset, monkeypatch):
+    monkeypatch.setattr(recall, "load_dataset", lambda name, T: load(Path(dataset)))
+    step = 3 * 16 * recall.model_of("MoD, 1 + 1", 64, 8).flops(64)
+    row = recall.execute(recall.Run("MoD, 1 + 1", 64, 3.5 * step), None)
+    assert (row["steps"], row["flops"]) == (3, 3 * step) and row["choose"] != row["report"]
+    assert len(row["text"]) == len(row["picks"]) == 64
+
+
+def test_look_sees_a_block_that_takes_exactly_the_spaces():
+    model = recall.model_of("MoD told the digits, 1 + 1", 64, 84).eval()  # takes the last ten tokens
+    tokens = np.random.default_rng(0).integers(94, size=64 * 66)
+    with torch.no_grad():
+        found = routing.look(model, tokens, ["a"] * 40 + ["\n"] * 22 + ["."] * 22 + [" "] * 10)
+    assert found["known_by"]["character"] == pytest.approx([1]) and found["known_by"]["position"][0] < 0.1
+    taken = {name: share for name, [share] in found["by_class"].items()}
+    assert taken.pop("space") == 1 and not any(taken.values())
+    assert len(found["depth"]) == 2 and len(found["by_position"]) == 64
+
+
 # Learn
 
 
@@ -635,7 +677,7 @@ def test_ranks_higher_is_the_share_of_the_pairs():
     assert routing.ranks_higher(value, taken) == pytest.approx(np.mean(pairs))
 
 
-def test_what_a_block_takes_most_often_is_by_its_picks_not_by_its_share_of_a_rare_character():
+def test_most_taken_ranks_characters_by_number_of_picks():
     letters = np.array([list("aaaaaaaabc")])
     taken = np.array([[1, 1, 1, 0, 0, 0, 0, 0, 1, 0]], dtype=bool)[..., None]
     assert routing.most_taken(letters, taken, n=2) == [[["a", 0.75, 0.375], ["b", 0.25, 1.0]]]
@@ -974,6 +1016,10 @@ def test_the_numbers_of_the_claims_follow_from_the_runs():
         assert f"{short}: loss {cost:+.2f}%".replace("-0.00", "+0.00") in claims[5]
         predicted += [row[half]["predictor_accuracy"] for row in mod for half in ("choose", "report")]
     assert f"at least {min(predicted):.1%} predicted" in claims[5]
+    game = (ROOT / "notebooks/README.md").read_text(encoding="utf-8")
+    for name, routed in (("2×128", 1), ("1×128", 0)):
+        second = losses(found(1e13, name, routed))[:, 1]
+        assert f"{second.mean():.4f} ± {second.std(ddof=1):.4f}" in game
 
     def changed(**options):
         return found(3e12, "2×96", options.pop("routed", 1), range(2, 5), **options)

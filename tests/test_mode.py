@@ -87,7 +87,9 @@ def test_a_block_is_attention_then_experts_and_a_staged_one_gates_both(kind, rou
     mixture = copy.deepcopy(block.mlp)
     if not kind.get("staged"):
         h = x + block.attn(block.ln_1(x), places(x))
-        expected = h + mixture(block.ln_2(h))
+        update = mixture(block.ln_2(h))
+        expected = h + update
+        assert torch.equal(block.taken, (update != 0).any(dim=-1))
     else:
         taken = block.taken[0].nonzero().flatten()
         assert 0 < len(taken) < 12
@@ -129,7 +131,7 @@ def test_a_staged_block_that_takes_no_token_leaves_no_old_decisions():
 @pytest.mark.parametrize(
     "before, now", [(dict(), dict(n_expert=2)), (dict(n_expert=2), dict(n_expert=3)), (dict(n_expert=2), {})]
 )
-def test_a_run_goes_on_with_its_own_experts_only(tiny, before, now):
+def test_a_run_resumes_only_with_its_own_experts(tiny, before, now):
     train.train(dataclasses.replace(tiny, **before))
     with pytest.raises(UserError, match="another model: n_expert was"):
         train.train(dataclasses.replace(tiny, **now, resume=True))
@@ -163,7 +165,7 @@ def test_the_router_of_the_experts_learns_from_the_language_model_and_the_predic
 
 
 @experts
-def test_the_auxiliary_loss_is_the_mean_over_all_who_decide(kind):
+def test_the_auxiliary_loss_is_the_mean_over_all_routing_modules(kind):
     model = make(**kind)
     model(tokens(), tokens(seed=9))
     losses = []

@@ -428,7 +428,7 @@ def test_a_thousand_tokens_follow_the_slider(browser):
 
 
 @pytest.mark.slow
-def test_of_a_control_the_logit_is_shown_and_no_probability(browser):
+def test_a_control_shows_its_logit_and_no_probability(browser):
     config = GPTConfig(block_size=8, vocab_size=3, n_layer=2, n_head=1, n_embd=4, variant="position", capacity=0.5)
     driver = browser(page(GPT(config), CharTokenizer("abc"), [0, 1, 2, 0]))
     assert find(driver, "#threshold")[0].text == "logit 0.00" and find(driver, "#decider")[0].text == "logit"

@@ -304,7 +304,7 @@ def test_mfu_is_shown_only_if_the_peak_is_known(tiny, monkeypatch):
     monkeypatch.setattr(train.time, "perf_counter", clock)
     train.train(dataclasses.replace(tiny, log_interval=1))
     facts = json.loads((Path(tiny.out_dir) / "config.json").read_text())
-    assert lines[-1].endswith(f", MFU {facts['flops_per_step'] / 0.5 / 1e6:.0%}")
+    assert lines[-1].endswith(f", 128 tokens/s, MFU {facts['flops_per_step'] / 0.5 / 1e6:.0%}")
 
 
 def test_weights_and_biases_gets_every_evaluation_and_is_imported_only_when_asked(tiny, monkeypatch):

@@ -15,7 +15,7 @@ import train
 from helpers import told
 
 
-def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_path, capsys):
+def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_path, capsys, monkeypatch):
     losses = []
     for seed in (1, 2):
         rows = train.train(dataclasses.replace(tiny, seed=seed, out_dir=str(tmp_path / f"mod-{seed}")))
@@ -33,8 +33,15 @@ def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_pat
     # No group swallows another, and aux_weight does not matter in a dense model.
     assert [len(group) for _, group in groups] == [2, 2, 2]
     capsys.readouterr()
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
     for x in plot.AXES:
         plot.main([*runs, "--x", x, "--out", str(tmp_path / "losses.png")])
+    first = plot.read_run(runs[0])["rows"]
+    for figure, (key, label) in zip(figures, plot.AXES.values(), strict=True):
+        curve = figure.axes[0].get_lines()[0]
+        assert list(curve.get_xdata()) == [row[key] for row in first] and figure.axes[0].get_xlabel() == label
+        assert list(curve.get_ydata()) == [row["val_loss_causal"] for row in first]
     out = capsys.readouterr().out
     assert f"| {np.mean(losses):.3f} ± {np.std(losses, ddof=1):.3f} |" in out
     assert "MoD 2×16, 2 seeds: mod-1, ..." in out and f"| {runs[2]} |" in out
@@ -42,7 +49,7 @@ def test_plot_draws_the_runs_and_tables_mean_and_spread_over_seeds(tiny, tmp_pat
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_that_was_stopped_early_is_no_seed_of_a_finished_one(tiny, tmp_path):
+def test_a_run_stopped_early_does_not_count_as_a_seed(tiny, tmp_path):
     for seed in (1, 2):
         train.train(dataclasses.replace(tiny, seed=seed, out_dir=str(tmp_path / str(seed))))
     metrics = tmp_path / "2" / "metrics.jsonl"
@@ -66,7 +73,7 @@ def test_a_name_is_drawn_as_it_is(tiny, tmp_path, monkeypatch):
     assert Path("losses.png").exists()
 
 
-def test_a_folder_that_exists_is_no_pattern(tiny, tmp_path, monkeypatch, capsys):
+def test_an_existing_folder_is_not_read_as_a_pattern(tiny, tmp_path, monkeypatch, capsys):
     train.train(tiny)
     for name in ("run[1]", "run1", "run*", "run2", "run?"):
         shutil.copytree(tiny.out_dir, tmp_path / "runs" / name)

@@ -15,6 +15,8 @@ from data.shakespeare_char import prepare as shakespeare_char
 from docs import schematic
 from helpers import ROOT
 from mod import GPTConfig, RoutedBlock
+from support import checkpoint
+from support.report import report
 
 PAGES = [
     ROOT / "README.md",
@@ -48,7 +50,7 @@ def anchors(text):
 def broken_links(path):
     """The relative links of a page that lead nowhere."""
     broken = []
-    for link in re.findall(r"\]\(([^()\s]+)\)", text_of(path)):
+    for link in re.findall(r'(?:\]\(|src(?:set)?=")([^()\s"]+)[)"]', text_of(path)):
         if re.match(r"[a-z]+:", link):  # https:, mailto:
             continue
         name, _, anchor = link.partition("#")
@@ -64,7 +66,7 @@ def test_the_equation_tables_quote_lines_and_tests_that_exist():
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "test_mod.py", *ROOT.glob("tests/*.py")))
     texts = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
     rows = re.findall(r"^\| .* \| `(.+)` \| `(test_\w+)` \|$", texts, flags=re.MULTILINE)
-    assert len(rows) > 15  # the README has about 15 of mod.py, docs/experts.md 5 of mode.py
+    assert len(rows) == 16  # 11 in the README, 5 in docs/experts.md
     for line, test in rows:
         assert line in code and f"def {test}(" in tests
 
@@ -79,10 +81,11 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
         "# Top\n[a](other.md) [b](other.md#whats-new-in-modpy) [c](other.md#same-1) [d](#top) [e](https://x.org/y#z)\n"
-        "![f](no.png) [`g`](other.md#same-2) [h](#comment)\n```bash\n# Comment\n[i](no.md)\n```\n",
+        '![f](no.png) [`g`](other.md#same-2) [h](#comment) <img src="gone.svg" width="7">\n'
+        "```bash\n# Comment\n[i](no.md)\n```\n",
         encoding="utf-8",
     )
-    assert broken_links(page) == ["no.png", "other.md#same-2", "#comment"]
+    assert broken_links(page) == ["no.png", "other.md#same-2", "#comment", "gone.svg"]
 
 
 def test_the_committed_schematics_are_what_the_script_draws(tmp_path):
@@ -96,9 +99,15 @@ def test_the_committed_schematics_are_what_the_script_draws(tmp_path):
         assert drawn(path) == drawn(ROOT / "docs" / path.name)
 
 
-def blocks(language):
-    """The code blocks of the README in this language."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_printed_line_is_that_of_the_small_model():
+    best = checkpoint.read(sample.PRETRAINED, "best")
+    line = report(best["rows"][-1], best["config"]["max_iters"])
+    assert line in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language, page="README.md"):
+    """The code blocks of the page in this language."""
+    text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -126,6 +135,13 @@ def test_the_lines_of_python_run(monkeypatch, capsys):
     assert "FLOPs in a forward pass" in capsys.readouterr().out
 
 
+def test_the_class_to_try_is_a_gate():
+    code = {"RoutedBlock": RoutedBlock}
+    exec(next(block for block in blocks("python") if "class TanhGate" in block), code)
+    block, r = code["TanhGate"](GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=16), layer=1), torch.randn(2, 8)
+    assert torch.equal(block.gate(r), r.tanh())
+
+
 @pytest.mark.slow
 def test_the_commands_run(tmp_path):
     """Those that train, sample or plot, as they stand but for fewer steps, in a copy with a short text."""
@@ -143,3 +159,8 @@ def test_the_commands_run(tmp_path):
         done = subprocess.run([sys.executable, *argv], cwd=copy, capture_output=True, text=True)
         assert done.returncode == 0, (command, done.stderr)
     assert (copy / "losses.png").is_file() and (copy / "map.png").is_file()
+    scripts = [block for block in blocks("python") if "from train import" in block]
+    for script in [*scripts, *blocks("python", "pretrained/README.md")]:
+        script = script.replace("max_iters=200", "max_iters=2, eval_iters=1, device='cpu'")
+        done = subprocess.run([sys.executable, "-c", script], cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0, (script, done.stderr)

@@ -23,7 +23,8 @@ from support.evaluation import evaluate
 from support.options import UserError, load
 from train import TrainConfig
 
-PRESETS = [ROOT / "config" / f"shakespeare_{name}.py" for name in ("mod", "dense", "shallow")]
+NAMES = ("mod", "dense", "shallow", "moe", "mode_staged", "mode_integrated")
+PRESETS = [ROOT / "config" / f"shakespeare_{name}.py" for name in NAMES]
 
 
 # Training
@@ -156,6 +157,45 @@ def test_targets_are_the_next_tokens_and_every_window_of_the_split_can_come(tiny
             assert torch.equal(y, x + 1) and x.shape == (tiny.batch_size, tiny.block_size)
             starts |= set(x[:, 0].tolist())
     assert starts == {0, 1}
+
+
+def test_each_seed_step_and_micro_step_has_windows_of_its_own():
+    tokens, starts = np.arange(5000, dtype=np.uint16), set()
+    for seed, step, micro_step in itertools.product((1, 2), (0, 1), (0, 1)):
+        x, _ = training_batch(tokens, step, 4, 16, seed, "cpu", micro_step, 2)
+        starts.add(tuple(x[:, 0].tolist()))
+    assert len(starts) == 8
+
+
+def test_grad_clip_0_does_not_clip(tiny):
+    assert equal(run(tiny, grad_clip=0.0)[1], run(tiny, grad_clip=1e9)[1])
+
+
+def test_of_two_lengths_the_shorter_one_holds():
+    config = TrainConfig(max_iters=7, flop_budget=1000.0)
+    assert [train.number_of_steps(config, step_flops) for step_flops in (100.0, 200.0)] == [7, 5]
+
+
+@pytest.mark.parametrize(
+    "cuda, mps, bf16, platform, expected",
+    [
+        (True, True, True, "linux", ("cuda", "bfloat16", "True")),
+        (True, False, False, "linux", ("cuda", "float32", "True")),
+        (True, False, True, "win32", ("cuda", "bfloat16", "False")),
+        (False, True, True, "linux", ("mps", "float32", "False")),
+        (False, False, True, "linux", ("cpu", "float32", "False")),
+    ],
+)
+def test_auto_is_the_best_device_its_dtype_and_compiles_on_cuda_under_linux(
+    cuda, mps, bf16, platform, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.sys, "platform", platform)
+        found = train.resolve(TrainConfig(max_iters=1))
+    assert (found.device, found.dtype, found.compile) == expected
 
 
 def test_the_learning_rate_warms_up_and_its_cosine_ends_with_the_run():
@@ -466,10 +506,13 @@ def test_the_presets_train_with_equal_flops(device, monkeypatch):
         if device == "cuda" and "dense" in path.name:
             assert steps == 5000
     assert all(0.999 < used <= 1 for used in budgets)
-    mod, dense, shallow = differ
+    mod, dense, shallow, *with_experts = differ
     assert {name for name in mod if mod[name] != dense[name]} == {"out_dir", "route_every"}
     assert {name for name in mod if mod[name] != shallow[name]} == {"out_dir", "route_every", "n_layer"}
     assert shallow["n_layer"] == mod["n_layer"] / 2  # the unrouted half
+    for other in with_experts:
+        changed = {name for name in mod if mod[name] != other[name]}
+        assert changed <= {"out_dir", "n_expert", "n_noop", "expert_capacity", "staged"}
 
 
 def test_without_a_gpu_a_preset_switches_to_a_smaller_model_and_says_so(monkeypatch, capsys):
