@@ -68,7 +68,8 @@ def contents(out_dir, name):
     """Like `read`, but does not look at the .pt files."""
     path = out_dir / f"{name}.json"
     if not path.is_file() and (out_dir / "config.json").is_file():
-        raise UserError(f"no checkpoint {path}: the run has not saved one; start it again (without --resume)")
+        advice = "continue it with" if (out_dir / "last.json").is_file() else "start it again without"
+        raise UserError(f"no checkpoint {path}: the run has not saved one; {advice} --resume")
     if not path.is_file():
         train = command("python", "train.py", "config/shakespeare_mod.py", f"--out_dir={out_dir}")
         advice = "" if os.path.lexists(out_dir) else f", or train one: {train}"

@@ -20,9 +20,8 @@ def write_json(path, content):
 
 def write_whole(path, write):
     """
-    Write a file under a temporary name, then rename it: at any time `path` is the whole old file or the whole new one.
-
-    Returns its SHA-256.
+    Write a file under a temporary name, then rename it: at any time `path` is the whole old file or the whole new one,
+    if one process at a time writes it. Returns its SHA-256.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

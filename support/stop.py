@@ -1,6 +1,7 @@
 """Stopping on request: Ctrl-C, SIGTERM, a closed terminal."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from support import ranks
 class Stop:
     """
     A context in which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) only set `requested` to the signal's number. The
-    training loop checks it where stopping is safe. A second signal sets `again` and stops at once (not under torchrun,
+    training loop checks it where stopping is safe. A second Ctrl-C sets `again` and stops at once (not under torchrun,
     where it may be the same request again).
     """
 
@@ -29,8 +30,8 @@ class Stop:
         return self
 
     def ask(self, number, frame):
-        if self.requested and ranks.under_torchrun():
-            return  # the same request again: the scheduler signals each rank, and torchrun passes on its own signal
+        if self.requested and (number != signal.SIGINT or ranks.under_torchrun()):
+            return  # the same request again: a closed terminal may send SIGHUP twice, a scheduler signals each process
         if self.requested:
             self.again = True
             raise KeyboardInterrupt(self.AT_ONCE)
@@ -45,3 +46,9 @@ class Stop:
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+
+def end_with_parent():
+    """In a worker process: end when its parent ends. A parent that is killed cannot tell its workers to."""
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -591,7 +591,7 @@ save = prepare.save
 def killed(done, *args):
     save(done, *args)
     if done["chunks"]:
-        os.killpg(0, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 prepare.save = killed
 prepare.main(sys.argv[1:])
 """
@@ -605,7 +605,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, real_enc
     out = tmp_path / "out"
     argv = ["--input", str(tmp_path / "in.jsonl"), "--out", str(out), "--processes=2"]
     command = [sys.executable, "-c", KILLED, *argv]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, start_new_session=True)
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)  # until its processes have ended too
     assert killed.returncode == -signal.SIGKILL and not (out / "meta.json").exists()
     command = [sys.executable, "-m", openwebtext.__name__, *argv]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -194,6 +194,31 @@ def test_a_second_ctrl_c_ends_workers_that_ignore_signals():
     assert worker.exitcode == -signal.SIGKILL
 
 
+WORKER = """
+import multiprocessing
+import time
+from experiments import runner
+def work():
+    runner.ignore_signals()
+    print("begun", flush=True)
+    time.sleep(600)
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=work)
+    process.start()
+    process.join()
+"""
+
+
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, tmp_path / "worker.py"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    process.kill()
+    assert process.communicate(timeout=60)[0] == ""  # which waits for the worker to close its output
+
+
 SET_OF_TWO = """
 import signal
 import sys

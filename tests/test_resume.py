@@ -195,11 +195,22 @@ def test_a_closed_terminal_stops_a_run_except_under_nohup(tiny):
         assert checkpoint.read(Path(config.out_dir), "last")["step"] == 12
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         with pytest.raises(SystemExit):
-            stop_in(config, ("learning_rate_at", 9), [signal.SIGHUP])
+            stop_in(config, ("learning_rate_at", 9), [signal.SIGHUP] * 2)  # both the shell and the system send it
         assert checkpoint.read(Path(config.out_dir), "last")["step"] == 5
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, handler)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals to itself")
+def test_a_run_stopped_in_its_first_evaluation_is_to_be_resumed(tiny):
+    with pytest.raises(SystemExit):
+        stop_in(tiny, ("evaluate", 1), [signal.SIGTERM, signal.SIGTERM])
+    assert "best.json: the run has not saved one; continue it with --resume" in told(
+        sample, [f"--out_dir={tiny.out_dir}"]
+    )
+    train.train(dataclasses.replace(tiny, resume=True))
+    assert checkpoint.read(Path(tiny.out_dir), "best")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals to itself")
@@ -1032,7 +1043,7 @@ def test_a_run_without_a_checkpoint_is_told_to_start_again(tiny, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         train.train(tiny)
     line = told(train, ["--resume", f"--out_dir={tiny.out_dir}"])
-    assert "last.json: the run has not saved one; start it again (without --resume)" in line and "preset" not in line
+    assert "last.json: the run has not saved one; start it again without --resume" in line and "preset" not in line
     assert "config/" not in line and "config/" not in told(sample, [f"--out_dir={tiny.out_dir}"])
 
 

@@ -34,6 +34,7 @@ from data.openwebtext import documents as reading
 from support import data
 from support.files import locked, sha256_of, sha256_of_json, write_json
 from support.options import UserError, errors_in_one_line, expanded, reason_of, show
+from support.stop import end_with_parent
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"  # without it, whatever is newest
@@ -166,7 +167,9 @@ def tokenize(documents, job, args, out):
         print(f"Continuing after {after:,} of {len(documents):,} documents")
     chunks = range(done["chunks"], -(-len(documents) // CHUNK))
     # Not forked: the fork of a process with threads, such as Arrow's, can hang.
-    pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), start, (documents, args))
+    # On Windows a pool cannot wait for more than 61 processes.
+    processes = min(args.processes, 61) if sys.platform == "win32" else args.processes
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start, (documents, args))
     files = {split: open(part, "ab") for split, part in parts.items()}
     pace = {} if sys.stderr.isatty() else {"mininterval": 60, "maxinterval": 60}  # in a log file each update stays
     bar = tqdm(total=len(documents), initial=after, unit="doc", dynamic_ncols=True, **pace)
@@ -205,6 +208,7 @@ def save(done, files, progress):
 
 def start(documents, args):
     global work
+    end_with_parent()
     if multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
     work = documents, args, data.gpt2_encoding()
