@@ -101,7 +101,7 @@ def name_of(group):
     config = group[0]["config"]
     kind = "MoD" if "taken" in group[0]["rows"][-1] else "dense"
     if config.get("n_expert") and kind == "MoD":
-        kind = "MoDE" if config["staged"] or config["n_noop"] else "MoE"
+        kind = "MoDE" if config.get("staged") or config.get("n_noop") else "MoE"
     return f"{kind} {config['n_layer']}×{config['n_embd']}, {len(group)} seeds: {Path(group[0]['name']).name}, ..."
 
 

@@ -21,7 +21,6 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from mod import RoutedBlock
 from mode import MoDEConfig, build, config_class
 from support import checkpoint, options, ranks, run
 from support.data import load_dataset, seed_of, training_batch
@@ -378,12 +377,12 @@ def model_config(config, meta):
             f"route_every {config.route_every} routes none of {config.n_layer} blocks; "
             "use more blocks, or --route_every=0 for a dense GPT"
         )
-    variant = VARIANTS.get(config.variant, RoutedBlock)  # an unknown name is refused below
+    untrained = not getattr(VARIANTS.get(config.variant), "has_routing_loss", True)  # unknown names are refused below
     without_effect = (
         (not config.route_every, "capacity causal_method variant n_expert", "in a dense GPT (route_every 0)"),
         (not config.n_expert, "expert_capacity n_noop staged", "without experts (n_expert 0)"),
         (config.n_expert and not config.staged, "capacity", "beside experts that are not staged"),
-        (not variant.has_routing_loss, "causal_method", f"in the variant {config.variant}"),
+        (untrained, "causal_method", f"in the variant {config.variant}"),
     )
     for applies, names, where in without_effect:
         for name in names.split() if applies else ():

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from support.options import UserError, expanded
 from support.report import hardware
-from support.stop import Stop, end_with_parent
+from support.stop import Stop
+from support.workers import end_with_parent
 
 SEEDS = (1, 2, 3, 4)  # the first one chooses learning rates (in the sets long and gpu and in recall.py, the first two)
 FRESH = (5, 6, 7, 8, 9, 10)  # of the models in the final comparison, trained when all choices are made

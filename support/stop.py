@@ -1,7 +1,6 @@
 """Stopping on request: Ctrl-C, SIGTERM, a closed terminal."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -13,8 +12,8 @@ from support import ranks
 class Stop:
     """
     A context in which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) only set `requested` to the signal's number. The
-    training loop checks it where stopping is safe. A second Ctrl-C sets `again` and stops at once (not under torchrun,
-    where it may be the same request again).
+    training loop checks it where stopping is safe. After that, Ctrl-C sets `again` and stops at once (not under
+    torchrun, where it may be the same request again). Other signals then do nothing more.
     """
 
     FIRST, AT_ONCE = b"Stopping after this step", "Stopped at once; earlier saves are intact"
@@ -46,9 +45,3 @@ class Stop:
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-
-
-def end_with_parent():
-    """In a worker process: end when its parent ends. A parent that is killed cannot tell its workers to."""
-    if parent := multiprocessing.parent_process():
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -584,6 +584,11 @@ def test_real_processes_give_the_tokens_of_a_plain_loop_and_the_documents_back(t
         ]
 
 
+def test_processes_that_tokenize_do_not_import_pytorch():
+    code = f"import sys, {openwebtext.__name__}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 KILLED = """
 import os, signal, sys
 import data.openwebtext.prepare as prepare
@@ -605,7 +610,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, real_enc
     out = tmp_path / "out"
     argv = ["--input", str(tmp_path / "in.jsonl"), "--out", str(out), "--processes=2"]
     command = [sys.executable, "-c", KILLED, *argv]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)  # until its processes have ended too
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300)  # until its processes have ended too
     assert killed.returncode == -signal.SIGKILL and not (out / "meta.json").exists()
     command = [sys.executable, "-m", openwebtext.__name__, *argv]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

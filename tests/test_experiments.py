@@ -177,6 +177,9 @@ def test_runs_on_another_text_do_not_get_into_the_same_file(tmp_path, dataset):
     (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     with pytest.raises(runner.UserError, match="holds runs on another text"):
         isoflop.prepared(isoflop.execute, tmp_path, dataset, "cpu")
+
+
+def test_jobs_below_1_are_refused(tmp_path):
     with pytest.raises(runner.UserError, match="--jobs must be at least 1, got 0"):
         runner.run_all(None, FakeRun, None, tmp_path, jobs=0)
 
@@ -191,7 +194,9 @@ def test_a_second_ctrl_c_ends_workers_that_ignore_signals():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
     worker.join(30)
-    assert worker.exitcode == -signal.SIGKILL
+    ended = worker.exitcode
+    worker.kill()  # otherwise pytest would wait for its end
+    assert ended == -signal.SIGKILL
 
 
 WORKER = """

@@ -34,7 +34,7 @@ from data.openwebtext import documents as reading
 from support import data
 from support.files import locked, sha256_of, sha256_of_json, write_json
 from support.options import UserError, errors_in_one_line, expanded, reason_of, show
-from support.stop import end_with_parent
+from support.workers import end_with_parent
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"  # without it, whatever is newest
