@@ -106,6 +106,7 @@ def train(config):
             raise UserError(f"the model in {config.out_dir} has the loss {row['val_loss_causal']}; use another one")
         print(report(row, max_iters))
         return [row]
+    model_config(config, {"vocab_size": 1})  # refuses bad options before any data is prepared
     with ranks.main_first():
         meta, data = load_dataset(config.dataset, config.block_size, config.vocab_size, check=ranks.is_main())
     torch.manual_seed(config.seed)

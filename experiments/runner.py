@@ -20,7 +20,6 @@ import shutil
 import signal
 import statistics
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from support.options import UserError, expanded
 from support.report import hardware
 from support.stop import Stop
-from support.workers import end_with_parent
+from support.workers import at_most, end_with_parent
 
 SEEDS = (1, 2, 3, 4)  # the first one chooses learning rates (in the sets long and gpu and in recall.py, the first two)
 FRESH = (5, 6, 7, 8, 9, 10)  # of the models in the final comparison, trained when all choices are made
@@ -155,9 +154,7 @@ def run_all(wanted, run_class, execute, results, jobs):
     provenance = {"commit": commit(), "cpu": hardware("cpu")}  # of the code and the machine that finish the run
     spent = sum(run.budget for run in done)
     bar = tqdm(unit="FLOP", unit_scale=True, initial=spent, disable=None, dynamic_ncols=True, smoothing=0)
-    if sys.platform == "win32":
-        jobs = min(jobs, 61)  # a pool cannot wait for more processes there
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), ignore_signals)
+    pool = concurrent.futures.ProcessPoolExecutor(at_most(jobs), multiprocessing.get_context("spawn"), ignore_signals)
     running, failed = {}, None
     with StopAll() as stop, bar, pool:
         while True:

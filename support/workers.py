@@ -2,7 +2,13 @@
 
 import multiprocessing
 import os
+import sys
 import threading
+
+
+def at_most(processes):
+    """As many processes as asked for, but on Windows at most 61: a pool cannot wait for more there."""
+    return min(processes, 61) if sys.platform == "win32" else processes
 
 
 def end_with_parent():

@@ -151,6 +151,8 @@ ROWS = [
     ("train", "... --route_every=0 --variant=stochastic", "variant stochastic has no effect in a dense GPT"),
     ("train", "... --expert_capacity=0.5", "expert_capacity 0.5 has no effect without experts (n_expert 0); leave it"),
     ("train", "... --n_expert=2 --capacity=0.5", "capacity 0.5 has no effect beside experts that are not staged"),
+    # Before the data are looked for, or prepared.
+    ("train", "--max_iters=1 --dataset=none --capacity=2", "capacity is a fraction in (0, 1], got 2; for 2% write"),
     ("train", "... --variant=position --causal_method=router", "causal_method router has no effect in the variant"),
     ("train", "... --qqqq=1", "unknown option --qqqq; --help lists them all"),
     ("train", "config/shakespeare_mood.py", "file config/shakespeare_mood.py; did you mean config/shakespeare_mod.py?"),

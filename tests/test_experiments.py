@@ -26,6 +26,7 @@ from experiments import isoflop, known_depth, readme, recall, report, routing, r
 from helpers import ROOT
 from mod import GPT, GPTConfig
 from mode import forward_flops
+from support import workers
 from support.data import load
 from support.report import hardware
 
@@ -197,6 +198,12 @@ def test_a_second_ctrl_c_ends_workers_that_ignore_signals():
     ended = worker.exitcode
     worker.kill()  # otherwise pytest would wait for its end
     assert ended == -signal.SIGKILL
+
+
+def test_a_pool_has_at_most_61_processes_on_windows(monkeypatch):
+    for platform, expected in (("win32", 61), ("linux", 64)):
+        monkeypatch.setattr(workers.sys, "platform", platform)
+        assert (workers.at_most(64), workers.at_most(2)) == (expected, 2)
 
 
 WORKER = """

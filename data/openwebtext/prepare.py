@@ -34,7 +34,7 @@ from data.openwebtext import documents as reading
 from support import data
 from support.files import locked, sha256_of, sha256_of_json, write_json
 from support.options import UserError, errors_in_one_line, expanded, reason_of, show
-from support.workers import end_with_parent
+from support.workers import at_most, end_with_parent
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"  # without it, whatever is newest
@@ -167,9 +167,7 @@ def tokenize(documents, job, args, out):
         print(f"Continuing after {after:,} of {len(documents):,} documents")
     chunks = range(done["chunks"], -(-len(documents) // CHUNK))
     # Not forked: the fork of a process with threads, such as Arrow's, can hang.
-    # On Windows a pool cannot wait for more than 61 processes.
-    processes = min(args.processes, 61) if sys.platform == "win32" else args.processes
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start, (documents, args))
+    pool = ProcessPoolExecutor(at_most(args.processes), multiprocessing.get_context("spawn"), start, (documents, args))
     files = {split: open(part, "ab") for split, part in parts.items()}
     pace = {} if sys.stderr.isatty() else {"mininterval": 60, "maxinterval": 60}  # in a log file each update stays
     bar = tqdm(total=len(documents), initial=after, unit="doc", dynamic_ncols=True, **pace)
