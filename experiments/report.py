@@ -47,6 +47,10 @@ class Model:
         return f"{self.run.n_layer}×{self.run.n_embd}"
 
     @property
+    def seeds(self):
+        return [row["run"]["seed"] for row in self.rows]
+
+    @property
     def complete(self):
         return len(self.rows) >= len(SEEDS) - 1
 
@@ -93,8 +97,12 @@ def final(roles):
 
 def difference(a, b):
     """How far a's mean loss lies above b's, in percent, and half of the 95% interval (infinity without all seeds)."""
+    # Without all seeds, compare those that both models have, if any: a lucky seed then helps both.
+    complete = a.complete and b.complete
+    if not complete and (shared := set(a.seeds) & set(b.seeds)):
+        a, b = (replace(m, rows=[row for row in m.rows if row["run"]["seed"] in shared]) for m in (a, b))
     percent = 100 * (a.mean() / b.mean() - 1)
-    if not (a.complete and b.complete):
+    if not complete:
         return percent, math.inf
     error = math.hypot(*(stats.sem(model.losses()) for model in (a, b)))
     return percent, t_95(min(len(a.rows), len(b.rows))) * 100 * error / b.mean()
@@ -228,7 +236,6 @@ def with_experts(models):
 
 # Tables
 
-
 COLUMNS = "FLOPs | :model | parameters | FLOPs/token | steps | rate | causal | top-k"
 
 
@@ -242,7 +249,7 @@ def cells(name, model, against=None):
         "FLOPs/token": f"{model['forward_flops_per_token']:,.0f}",
         "steps": f"{model['steps']:,}",
         "rate": f"{model.run.learning_rate:g}",
-        "seeds": ", ".join(str(row["run"]["seed"]) for row in model.rows),
+        "seeds": ", ".join(map(str, model.seeds)),
         "causal": spread(model.losses(), "{:.4f}"),
         "top-k": spread(model.losses("topk"), "{:.4f}") if model.run.route_every else "same",
         **dict.fromkeys(("against", "against dense", "against MoD"), distance),
@@ -397,8 +404,8 @@ def draw_curves(models, path):
         row[0].set_ylim(min(means) - 0.02, max(means) + 0.02)
         row[0].set_ylabel("causal loss on the second half (nats per character)\nno bar: seed 1 alone")
         by = "fresh seeds" if roles["dense"].rows == roles["dense"].fresh else "seeds 2 to 4"
-        distance = f"best MoD (star) {signed(roles['distance'])} against best dense, by {by}"
-        row[0].set_title(f"{short(budget)} training FLOPs: {distance}")
+        distance = f"best MoD (star) {signed(roles['distance'])} against best dense"
+        row[0].set_title(f"{short(budget)} training FLOPs: {distance}, by {by}")
         row[0].legend()
     save(figure, path)
 

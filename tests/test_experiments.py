@@ -866,6 +866,15 @@ def test_the_interval_of_a_difference_is_students():
     assert half == pytest.approx(4.303 * math.hypot(0.1, 0.001) / math.sqrt(3) / 1.6 * 100, rel=1e-3)
 
 
+def test_models_without_all_seeds_are_compared_on_the_seeds_that_both_have():
+    models = lines_of(DENSE, [1.6, 1.2]), lines_of(MOD, [1.8]), lines_of(replace(MOD, n_embd=96), [1.9, 1.5, 1.4, 1.3])
+    dense, lucky, complete = (report.models_of(done)[0] for done in models)
+    assert report.difference(lucky, dense) == (pytest.approx(12.5), math.inf)  # seed 1 alone
+    assert report.difference(dense, lucky) == (pytest.approx(100 * (1.6 / 1.8 - 1)), math.inf)
+    assert report.difference(complete, dense) == (pytest.approx(25), math.inf)  # seed 2: of `complete` 1 chose the rate
+    assert report.difference(lucky, complete) == (pytest.approx(100 * (1.8 / 1.4 - 1)), math.inf)  # none in common
+
+
 def test_the_trend_is_the_slope_of_the_line_and_its_interval():
     slope, half = report.trend({1e12: (2.0, 0.3), 1e13: (1.0, 0.4)})  # the difference of the two, for a factor of ten
     assert slope == pytest.approx(-1) and half == pytest.approx(0.5)
