@@ -35,6 +35,7 @@ class Model:
     run: object  # the run of seed 1
     choice: float  # the loss on the half for choosing: of seed 1, or the mean of two or of all SEEDS
     rows: list  # lines to report: without seed 1, which chose the rate; with fewer than three seeds, all
+    first: list  # the lines of SEEDS
     fresh: list  # the lines of the FRESH seeds; empty until all are done
     halves: tuple = ("report",)  # halves of the held-out text to report on; "choose" is the half for choosing
 
@@ -48,7 +49,7 @@ class Model:
 
     @property
     def seeds(self):
-        return [row["run"]["seed"] for row in self.rows]
+        return ", ".join(str(row["run"]["seed"]) for row in self.rows)
 
     @property
     def complete(self):
@@ -84,7 +85,7 @@ def models_of(done):
             choice = choice_loss(first if len(first) in (2, len(SEEDS)) else first[:1])
             fresh = fresh if len(fresh) == len(FRESH) else []
             rows = first[1:] if len(first) > 2 else first
-            models.append(Model(replace(run, learning_rate=rate), choice, rows, fresh))
+            models.append(Model(replace(run, learning_rate=rate), choice, rows, first, fresh))
     return models
 
 
@@ -95,17 +96,23 @@ def final(roles):
     return {role: m and replace(m, rows=m.fresh, halves=("choose", "report")) for role, m in roles.items()}
 
 
+def paired(a, b):
+    """Two models with the lines to compare: if one lacks seeds, those of the seeds that both have."""
+    if a.complete and b.complete:
+        return a, b
+    found = [{row["run"]["seed"]: row for row in model.first} for model in (a, b)]
+    shared = found[0].keys() & found[1].keys()
+    return [replace(m, rows=[rows[seed] for seed in sorted(shared)] or m.rows) for m, rows in zip((a, b), found)]
+
+
 def difference(a, b):
     """How far a's mean loss lies above b's, in percent, and half of the 95% interval (infinity without all seeds)."""
-    # Without all seeds, compare those that both models have, if any: a lucky seed then helps both.
-    complete = a.complete and b.complete
-    if not complete and (shared := set(a.seeds) & set(b.seeds)):
-        a, b = (replace(m, rows=[row for row in m.rows if row["run"]["seed"] in shared]) for m in (a, b))
-    percent = 100 * (a.mean() / b.mean() - 1)
-    if not complete:
+    mean, other = (model.mean() for model in paired(a, b))
+    percent = 100 * (mean / other - 1)
+    if not (a.complete and b.complete):
         return percent, math.inf
     error = math.hypot(*(stats.sem(model.losses()) for model in (a, b)))
-    return percent, t_95(min(len(a.rows), len(b.rows))) * 100 * error / b.mean()
+    return percent, t_95(min(len(a.rows), len(b.rows))) * 100 * error / other
 
 
 def t_95(seeds):
@@ -117,12 +124,12 @@ def compared(a, b):
     """The `difference` as text, with the one on each half of the held-out text: "-0.13% ± 0.53 (+0.26, -0.53)"."""
     halves = [[replace(model, halves=(half,)) for model in (a, b)] for half in ("choose", "report")]
     text = ", ".join(signed_percent(difference(*pair)[0]).removesuffix("%") for pair in halves)
-    return f"{signed(difference(a, b))} ({text})"
+    return f"{signed(difference(a, b), f'seeds: {paired(a, b)[0].seeds}')} ({text})"
 
 
-def signed(difference):
+def signed(difference, no_interval="too few seeds"):
     percent, half = difference
-    return signed_percent(percent) + (f" ± {half:.2f}" if half < math.inf else " (too few seeds)")
+    return signed_percent(percent) + (f" ± {half:.2f}" if half < math.inf else f" ({no_interval})")
 
 
 def signed_percent(value):
@@ -241,7 +248,6 @@ COLUMNS = "FLOPs | :model | parameters | FLOPs/token | steps | rate | causal | t
 
 def cells(name, model, against=None):
     """The cells of a model: size, cost, learning rate, losses, and the difference from the model `against`."""
-    distance = compared(model, against) if against else ""
     return {
         "FLOPs": short(model.run.budget),
         "model": f"{name}, {model.name}",
@@ -249,10 +255,10 @@ def cells(name, model, against=None):
         "FLOPs/token": f"{model['forward_flops_per_token']:,.0f}",
         "steps": f"{model['steps']:,}",
         "rate": f"{model.run.learning_rate:g}",
-        "seeds": ", ".join(map(str, model.seeds)),
+        "seeds": model.seeds,
         "causal": spread(model.losses(), "{:.4f}"),
         "top-k": spread(model.losses("topk"), "{:.4f}") if model.run.route_every else "same",
-        **dict.fromkeys(("against", "against dense", "against MoD"), distance),
+        **dict.fromkeys(("against", "against dense", "against MoD"), compared(model, against) if against else ""),
     }
 
 
@@ -283,8 +289,7 @@ def crossover(models):
         return ""
     slope, half = trend(found)
     if len(found) < 3 or abs(slope) <= half:
-        budgets = f"From {short(min(found))} to {short(max(found))} FLOPs"
-        return f"{budgets} the best models do not say where, or whether, MoD and dense cross."
+        return f"From {short(min(found))} to {short(max(found))} FLOPs it stays open whether MoD and dense cross."
     x, y = np.log10(list(found)).mean(), statistics.mean(percent for percent, _ in found.values())
     text = f"For ten times the budget the gap changes by {slope:+.2f} ± {half:.2f} percentage points (95%).\n"
     return text + f"A straight line through the gaps is at zero at {short(10 ** (x - y / slope))} FLOPs."
@@ -439,8 +444,7 @@ def draw_crossover(models, path):
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     mean, half = zip(*found.values())
-    # No line between them: a few budgets are not a curve.
-    look = {**LOOKS["MoD"], "linestyle": "", "capsize": 4}
+    look = {**LOOKS["MoD"], "linestyle": "", "capsize": 4}  # no line between them: a few budgets are not a curve
     axes.errorbar(list(found), mean, yerr=half, **look, label="the best MoD above the best dense GPT")
     if pairs := long_pairs(models):
         mean, half = zip(*(difference(*pair.values()) for pair in pairs.values()))
@@ -481,14 +485,12 @@ def claims(models, learned, timed):
     """The paper's claims beside our results, and the verdicts: two tables. learned, timed: of routing.py, bench.py."""
     found = comparisons(models)
     third, fourth = (as_good_and_cheaper(found, role, timed) for role in ("cheaper", "as large"))
-    ours = [claim_1(found), claim_2(found), third, fourth]
-    ours += [claim_5(models), claim_6(found), claim_7(learned), claim_8(models)]
+    last = claim_5(models), claim_6(found), claim_7(learned), claim_8(models)
     rows, verdicts = [], []
-    for (claim, paper, command), (here, verdict) in zip(CLAIMS, ours):
+    for (claim, paper, command), (here, verdict) in zip(CLAIMS, (claim_1(found), claim_2(found), third, fourth, *last)):
         rows.append([claim, paper, here, verdict, f"`experiments.{command}`"])
         verdicts.append([claim, f"[{verdict}](results/README.md#{WHERE[command]})"])
-    table = markdown(":claim | :paper | :here | :verdict | :command", rows)
-    return table, markdown(":claim | :verdict", verdicts)
+    return markdown(":claim | :paper | :here | :verdict | :command", rows), markdown(":claim | :verdict", verdicts)
 
 
 def how_many(held):
